@@ -1,0 +1,39 @@
+"""The `tar-hf` command: thin commands over library calls. Heavy imports wait until a command runs."""
+
+import argparse
+import os
+import signal
+import sys
+
+from tar_hf._version import __version__
+from tar_hf.cli import convert
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tar-hf", description="Tar: images as a dialect of language, on Hugging Face."
+    )
+    parser.add_argument("--version", action="version", version=f"tar-hf {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    convert.add_parser(commands)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. Exit status: 0, 2 for wrong input (one line on stderr), 130 after an interrupt."""
+    arguments = build_parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written folders are removed then too
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, TypeError, OSError) as error:
+        if os.environ.get("TAR_HF_DEBUG"):
+            raise
+        print(f"tar-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

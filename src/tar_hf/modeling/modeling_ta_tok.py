@@ -1,0 +1,514 @@
+"""TA-Tok: an image becomes 729, 169 or 81 codes of a codebook that is projected from language-model embeddings.
+
+Paper 2506.18898, section 3.1; original file `tok/ta_tok.py`. A SigLIP vision tower gives one feature per patch, average
+pooling picks the scale, a linear bottleneck and a nearest-code search quantise, and a three-layer decoder turns the
+codes back into features that a de-tokenizer can draw from.
+
+Shapes: B images, N tokens (a square grid), C hidden size of the tower, D width of a code, K codes.
+
+This file travels with converted checkpoints, so it imports nothing else of the package.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+from transformers import initialization as init
+from transformers.utils import ModelOutput, can_return_tuple
+
+
+class TATokConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`TATokModel`]. The defaults are the published TA-Tok.
+
+    Args:
+        encoder_config (`SiglipVisionConfig` or `dict`, *optional*):
+            The vision tower, with only the layers that reach the output: `num_hidden_layers` counts up to the layer
+            whose output is quantised. Defaults to SigLIP2 so400m (patch 14, 384 px) without its last layer.
+        decoder_config (`Siglip2VisionConfig` or `dict`, *optional*):
+            The decoder over code vectors: patch size 1, `num_channels` = D, `hidden_size` = C.
+        codebook_size (`int`, *optional*, defaults to `65536`): K, the number of codes.
+        codebook_dim (`int`, *optional*, defaults to `1536`): D, the width of a code vector.
+        l2_normalized (`bool`, *optional*, defaults to `True`):
+            Whether codes are compared by cosine (both sides normalised) rather than by Euclidean distance.
+        stochastic_temperature (`float`, *optional*, defaults to `0.03`):
+            Temperature of the softmax over cosines when codes are sampled. `None` where the checkpoint has none.
+        learned_temperature (`bool`, *optional*, defaults to `False`):
+            Whether the inverse temperature is a weight of the model; `stochastic_temperature` is then not used.
+        scales (`list[int]`, *optional*, defaults to `[1, 2, 3]`): Pooling factors that `encode` accepts.
+        initializer_range (`float`, *optional*, defaults to `0.02`): Standard deviation of freshly made linear weights.
+    """
+
+    model_type = "ta_tok"
+    sub_configs_defaults = {"encoder_config": SiglipVisionConfig, "decoder_config": Siglip2VisionConfig}
+
+    encoder_config: dict | PreTrainedConfig | None = None
+    decoder_config: dict | PreTrainedConfig | None = None
+    codebook_size: int = 65536
+    codebook_dim: int = 1536
+    l2_normalized: bool = True
+    stochastic_temperature: float | int | None = 0.03
+    learned_temperature: bool = False
+    scales: list[int] | None = None
+    initializer_range: float | int = 0.02
+
+    def __post_init__(self, **kwargs):
+        if self.encoder_config is None:
+            self.encoder_config = {
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 26,
+                "num_attention_heads": 16,
+                "image_size": 384,
+                "patch_size": 14,
+            }
+        if isinstance(self.encoder_config, dict):
+            # The final norm and the pooling head never reach the output, so the model has neither.
+            self.encoder_config = SiglipVisionConfig(**{**self.encoder_config, "vision_use_head": False})
+        if self.decoder_config is None:
+            self.decoder_config = {
+                "hidden_size": self.encoder_config.hidden_size,
+                "num_channels": self.codebook_dim,
+                "num_hidden_layers": 3,
+                "patch_size": 1,
+            }
+        if isinstance(self.decoder_config, dict):
+            self.decoder_config = Siglip2VisionConfig(**{**self.decoder_config, "vision_use_head": False})
+        self.scales = [1, 2, 3] if self.scales is None else list(self.scales)
+        super().__post_init__(**kwargs)
+        if self.decoder_config.hidden_size != self.encoder_config.hidden_size:
+            raise ValueError(
+                f"encoder and decoder must have one hidden size, got {self.encoder_config.hidden_size} and "
+                f"{self.decoder_config.hidden_size}"
+            )
+        if self.decoder_config.num_channels != self.codebook_dim or self.decoder_config.patch_size != 1:
+            raise ValueError(
+                f"the decoder reads single code vectors: expected patch_size 1 and num_channels {self.codebook_dim} "
+                f"(codebook_dim), got {self.decoder_config.patch_size} and {self.decoder_config.num_channels}"
+            )
+
+    @property
+    def hidden_size(self) -> int:
+        """C, the width of the features that a de-tokenizer consumes."""
+        return self.encoder_config.hidden_size
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input image in pixels."""
+        return self.encoder_config.image_size
+
+    def num_tokens(self, scale: int = 1) -> int:
+        """N, the number of codes of one image at `scale`; a `ValueError` names the supported scales."""
+        if scale not in self.scales:
+            raise ValueError(f"scale must be one of {self.scales}, got {scale!r}")
+        return (self.image_size // self.encoder_config.patch_size // scale) ** 2
+
+
+@dataclass
+class TATokOutput(ModelOutput):
+    """
+    Args:
+        codes (`torch.LongTensor` of shape `(B, N)`): The image's codes, 0..K-1.
+        pre_quantized (`torch.FloatTensor` of shape `(B, N, C)`): Features after pooling and the encode head.
+        features (`torch.FloatTensor` of shape `(B, N, C)`): What `decode(codes)` gives: the input of a de-tokenizer.
+        hidden_states (`tuple[torch.FloatTensor]`, *optional*): Vision tower states, with `output_hidden_states=True`.
+        attentions (`tuple[torch.FloatTensor]`, *optional*): Its attention weights, with `output_attentions=True`.
+    """
+
+    codes: torch.LongTensor | None = None
+    pre_quantized: torch.FloatTensor | None = None
+    features: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class TATokCodebook(NamedTuple):
+    """The projected codebook in the two precisions that a search needs."""
+
+    exact: torch.Tensor  # (K, D) float32
+    reduced: torch.Tensor  # (K, D) in the weights' dtype; the same tensor where that is float32
+    squared_norms: torch.Tensor  # (K,) float32
+    rounding: torch.Tensor  # largest norm that rounding to the weights' dtype takes off a code
+
+
+class TATokQuantizer(nn.Module):
+    """Vector quantiser whose codebook is a trained projection of frozen language-model embeddings.
+
+    Original: `SimVectorQuantizer` in `tok/ar_dtok/bottleneck.py`. There the (K, D) codebook is projected anew in every
+    call; here it is projected once and kept until a weight, its dtype or its device changes.
+    """
+
+    # A block of scores is at most 512 x 8192: what bounds the memory of a search, whatever the batch and K are.
+    token_chunk = 512
+    code_chunk = 8192
+    # Under reduced precision, how many candidates a token's search in that precision hands to float32.
+    shortlist = 8
+
+    def __init__(self, config: TATokConfig):
+        super().__init__()
+        self.l2_normalized = config.l2_normalized
+        self.embedding = nn.Embedding(config.codebook_size, config.codebook_dim)
+        self.embedding.requires_grad_(False)
+        self.embedding_proj = nn.Linear(config.codebook_dim, config.codebook_dim)
+        if config.learned_temperature:
+            self.stochastic_temperature_inv = nn.Parameter(torch.tensor(10.0))
+        self._codebook = None  # (state of the weights, TATokCodebook)
+
+    def _apply(self, fn, recurse=True):
+        self._codebook = None  # moved or cast: free the old device's memory now, not at the next call
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True):
+        self._codebook = None
+        return super().train(mode)
+
+    def project(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Embedding rows (..., D) -> code vectors (..., D), in float32 whatever the weights are, with gradient."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            weight, bias = self.embedding_proj.weight.float(), self.embedding_proj.bias.float()
+            vectors = F.linear(embeddings.float(), weight, bias)
+            return F.normalize(vectors, dim=-1) if self.l2_normalized else vectors
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def codebook(self) -> "TATokCodebook":
+        """The projected codebook: computed anew in training, kept while the weights stay as they are otherwise."""
+        weights = (self.embedding.weight, self.embedding_proj.weight, self.embedding_proj.bias)
+        state = tuple((w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.device) for w in weights)
+        if self._codebook is not None and self._codebook[0] == state:
+            return self._codebook[1]
+        embeddings = self.embedding.weight
+        exact = torch.empty(embeddings.shape, dtype=torch.float32, device=embeddings.device)
+        reduced = exact if embeddings.dtype == torch.float32 else torch.empty_like(embeddings)
+        rounding = torch.zeros((), device=embeddings.device)
+        for start in range(0, len(embeddings), self.code_chunk):
+            chunk = slice(start, start + self.code_chunk)
+            exact[chunk] = self.project(embeddings[chunk])
+            if reduced is not exact:
+                reduced[chunk] = exact[chunk]
+                rounding = torch.maximum(rounding, (exact[chunk] - reduced[chunk].float()).norm(dim=-1).max())
+        codebook = TATokCodebook(exact, reduced, exact.square().sum(-1), rounding)
+        if not self.training:
+            self._codebook = (state, codebook)
+        return codebook
+
+    def lookup(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (...) -> code vectors (..., D) in the weights' dtype; with gradient to the projection in training."""
+        if self.training:
+            return self.project(self.embedding(codes)).to(self.embedding.weight.dtype)
+        return F.embedding(codes, self.codebook().reduced)
+
+    @torch.no_grad()
+    def nearest(self, z: torch.Tensor) -> torch.Tensor:
+        """Vectors (T, D) in float32 -> nearest codes (T,): what a full float32 search finds, in any weights' dtype."""
+        codebook = self.codebook()
+        search = self._search if codebook.reduced is codebook.exact else self._search_reduced
+        with torch.autocast(z.device.type, enabled=False):
+            return torch.cat([search(rows, codebook) for rows in z.split(self.token_chunk)])
+
+    def _scores(self, z, vectors, squared_norms):
+        """Similarities whose maximum is the nearest code: the cosine, or z.c - |c|^2 / 2 where distance counts."""
+        scores = z @ vectors.mT
+        return scores if self.l2_normalized else scores.float() - squared_norms / 2
+
+    def _score_chunks(self, z, vectors, squared_norms):
+        for start in range(0, len(vectors), self.code_chunk):
+            chunk = slice(start, start + self.code_chunk)
+            yield start, self._scores(z, vectors[chunk], squared_norms[chunk])
+
+    def _search(self, z, codebook):
+        best = torch.full(z.shape[:1], -torch.inf, device=z.device)
+        codes = torch.zeros(z.shape[:1], dtype=torch.long, device=z.device)
+        for start, scores in self._score_chunks(z, codebook.exact, codebook.squared_norms):
+            score, code = scores.max(-1)
+            closer = score > best  # strict: the first of equals wins, as in one argmax over all codes
+            best, codes = torch.where(closer, score, best), torch.where(closer, code + start, codes)
+        return codes
+
+    def _search_reduced(self, z, codebook):
+        """Shortlist in the weights' dtype, decide in float32, and search anew where the shortlist may miss the best."""
+        reduced_z = z.to(codebook.reduced.dtype)
+        length = min(self.shortlist, len(codebook.exact))
+        best, codes = z.new_empty(len(z), 0), torch.empty(len(z), 0, dtype=torch.long, device=z.device)
+        for start, scores in self._score_chunks(reduced_z, codebook.reduced, codebook.squared_norms):
+            score, code = scores.topk(min(length, scores.shape[-1]))
+            best, codes = torch.cat([best, score.float()], -1), torch.cat([codes, code + start], -1)
+            best, order = best.topk(min(length, best.shape[-1]))
+            codes = codes.gather(-1, order)
+
+        scores = self._scores(z[:, None], codebook.exact[codes], codebook.squared_norms[codes][:, None])[:, 0]
+        top = scores.amax(-1, keepdim=True)
+        nearest = codes.masked_fill(scores < top, len(codebook.exact)).amin(-1)
+
+        # No code outside the shortlist scored above `worst` in reduced precision. `error` bounds what rounding both
+        # factors and their product takes off a score, so a float32 score above worst + error is the maximum.
+        worst = best[:, -1]
+        error = (z - reduced_z.float()).norm(dim=-1) * codebook.squared_norms.max().sqrt()
+        error = error + reduced_z.float().norm(dim=-1) * codebook.rounding
+        error = error + torch.finfo(reduced_z.dtype).eps * (
+            worst.abs() if self.l2_normalized else worst.abs() + codebook.squared_norms.max()
+        )
+        uncertain = ~(top[:, 0] > worst + error)
+        if length < len(codebook.exact) and uncertain.any():
+            nearest[uncertain] = self._search(z[uncertain], codebook)
+        return nearest
+
+    @torch.no_grad()
+    def sample(self, z: torch.Tensor, temperature: torch.Tensor | float, uniform: torch.Tensor) -> torch.Tensor:
+        """Vectors (T, D) and one uniform number each (T,) -> codes (T,) drawn from softmax(cosine / temperature).
+
+        Inverse transform in two passes over the codes: the mass of every chunk first, then the one chunk that each
+        token's number falls into, so that no (T, K) matrix is held.
+        """
+        codebook = self.codebook()
+        with torch.autocast(z.device.type, enabled=False):
+            pairs = zip(z.split(self.token_chunk), uniform.split(self.token_chunk), strict=True)
+            return torch.cat([self._sample(rows, codebook, temperature, u) for rows, u in pairs])
+
+    def _sample(self, z, codebook, temperature, uniform):
+        chunks = self._score_chunks(z, codebook.exact, codebook.squared_norms)
+        masses = torch.stack([(scores / temperature).logsumexp(-1) for _, scores in chunks], -1)
+        total = masses.logsumexp(-1, keepdim=True)
+        ends = (masses - total).exp().cumsum(-1)
+        # Rounding may leave the last end just below 1: a number beyond it belongs to the last chunk.
+        chunk = torch.searchsorted(ends, uniform[:, None], right=True).clamp(max=ends.shape[-1] - 1)
+        rest = uniform[:, None] - F.pad(ends, (1, 0)).gather(-1, chunk)
+        codes = torch.empty_like(chunk)
+        for number in range(ends.shape[-1]):
+            rows = (chunk[:, 0] == number).nonzero()[:, 0]
+            start = number * self.code_chunk
+            vectors = codebook.exact[start : start + self.code_chunk]
+            inner = (z[rows] @ vectors.mT / temperature - total[rows]).exp().cumsum(-1)
+            codes[rows] = torch.searchsorted(inner, rest[rows], right=True).clamp(max=len(vectors) - 1) + start
+        return codes[:, 0]
+
+
+class TATokDecoder(Siglip2VisionModel):
+    """The SigLIP2 vision model over code vectors: always complete square grids, so no padding and no mask."""
+
+    _supports_flash_attn = True  # ruled out in the library for the padding masks alone
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Code vectors (B, N, D) after the output projection -> hidden states (B, N, C) after the final norm."""
+        side = math.isqrt(vectors.shape[1])
+        table = self.embeddings.position_embedding.weight.unflatten(0, (self.embeddings.position_embedding_size, -1))
+        positions = self.embeddings.resize_positional_embeddings(table, torch.tensor([[side, side]]), side * side)
+        hidden_states = self.embeddings.patch_embedding(vectors) + positions
+        return self.post_layernorm(self.encoder(inputs_embeds=hidden_states).last_hidden_state)
+
+
+class TATokPreTrainedModel(PreTrainedModel):
+    config: TATokConfig
+    base_model_prefix = "ta_tok"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SiglipEncoderLayer", "Siglip2EncoderLayer", "TATokQuantizer"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = False  # Siglip2VisionModel has none
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, TATokQuantizer) and self.config.learned_temperature:
+            init.constant_(module.stochastic_temperature_inv, 10.0)
+
+
+class TATokModel(TATokPreTrainedModel):
+    """
+    The text-aligned tokenizer: `encode` images to codes, `decode` codes to features.
+
+    ```python
+    >>> model = TATokModel.from_pretrained(path).eval()
+    >>> codes = model.encode(processor(image, return_tensors="pt").pixel_values, scale=2)  # (1, 169)
+    >>> features = model.decode(codes)  # (1, 169, 1152)
+    ```
+    """
+
+    def __init__(self, config: TATokConfig):
+        super().__init__(config)
+        hidden_size, dim = config.hidden_size, config.codebook_dim
+        self.encoder = SiglipVisionModel._from_config(config.encoder_config)
+        self.encoder.post_layernorm = nn.Identity()  # the quantised layer's output is read before the final norm
+        self.encode_head = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.Tanh())
+        self.in_proj = nn.Linear(hidden_size, dim)
+        self.quantizer = TATokQuantizer(config)
+        self.out_proj = nn.Linear(dim, dim)
+        self.decoder = TATokDecoder._from_config(config.decoder_config)
+        self.decode_head = nn.Sequential(
+            nn.Linear(hidden_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, hidden_size)
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.embeddings.patch_embedding
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """(K, D) projected codes, l2-normalised where the configuration says so, in the model's dtype.
+
+        Computed once and kept in evaluation mode; follows `.to()`, dtype changes and newly loaded weights."""
+        return self.quantizer.codebook().reduced
+
+    def encode(
+        self,
+        pixel_values: torch.FloatTensor,
+        scale: int = 1,
+        do_sample: bool = False,
+        temperature: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.LongTensor:
+        """
+        Turns images into codes. The decoder does not run.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, image_size, image_size)`): Pixels in -1..1, as
+                [`TATokImageProcessor`] gives them.
+            scale (`int`, *optional*, defaults to `1`): Pooling factor: 729, 169 or 81 codes for 1, 2, 3.
+            do_sample (`bool`, *optional*, defaults to `False`): Draw codes from softmax(cosine / temperature), as the
+                original does unless told otherwise, instead of taking the nearest.
+            temperature (`float`, *optional*): Replaces the checkpoint's temperature; only with `do_sample=True`.
+            generator (`torch.Generator` or a list of B, *optional*): Source of the draws; the global one is never used.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, N)`: codes 0..K-1.
+
+        Raises:
+            `ValueError`: an unsupported scale, pixels of another shape, or sampling options that cannot apply.
+        """
+        pre_quantized, _ = self._pre_quantize(pixel_values, scale)
+        return self._quantize(pre_quantized, do_sample, temperature, generator)[0]
+
+    def decode(self, codes: torch.LongTensor) -> torch.FloatTensor:
+        """
+        Turns codes into the features that de-tokenizers consume.
+
+        Args:
+            codes (`torch.LongTensor` of shape `(B, N)`): Codes 0..K-1 of whole images, N being the token count of a
+                supported scale.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, N, C)`.
+
+        Raises:
+            `TypeError`: codes of a floating-point type. `ValueError`: another shape, length or range.
+        """
+        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+            raise TypeError(f"codes must be integers, got {codes.dtype}")
+        lengths = {scale: self.config.num_tokens(scale) for scale in self.config.scales}
+        if codes.ndim != 2 or codes.shape[1] not in lengths.values():
+            raise ValueError(
+                f"codes must have the shape (batch, tokens) with the tokens of one scale, {lengths}, "
+                f"got {tuple(codes.shape)}"
+            )
+        if codes.numel() and (codes.min() < 0 or codes.max() >= self.config.codebook_size):
+            raise ValueError(
+                f"codes must be in 0..{self.config.codebook_size - 1}, got {codes.min().item()}..{codes.max().item()}"
+            )
+        return self._decode_vectors(self.quantizer.lookup(codes.to(self.device, torch.long)))
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        scale: int = 1,
+        do_sample: bool = False,
+        temperature: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        **kwargs,
+    ) -> TATokOutput:
+        """Encodes and decodes; arguments as in [`~TATokModel.encode`]. In training mode the features carry a
+        straight-through gradient from the codes to the encoder."""
+        pre_quantized, encoder_outputs = self._pre_quantize(pixel_values, scale, **kwargs)
+        codes, z = self._quantize(pre_quantized, do_sample, temperature, generator)
+        vectors = self.quantizer.lookup(codes)
+        if self.training:
+            vectors = z + (vectors - z).detach()
+        return TATokOutput(
+            codes=codes,
+            pre_quantized=pre_quantized,
+            features=self._decode_vectors(vectors),
+            hidden_states=encoder_outputs.hidden_states,
+            attentions=encoder_outputs.attentions,
+        )
+
+    def _pre_quantize(self, pixel_values, scale, **kwargs):
+        self.config.num_tokens(scale)  # raises for an unsupported scale before any work
+        expected = (self.config.encoder_config.num_channels, self.config.image_size, self.config.image_size)
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values must have the shape (batch, {', '.join(map(str, expected))}), got "
+                f"{tuple(pixel_values.shape)}; TATokImageProcessor resizes images to it"
+            )
+        encoder_outputs = self.encoder(pixel_values, **kwargs)
+        hidden_states = encoder_outputs.last_hidden_state
+        if scale > 1:
+            # The odd last row and column of a grid that the scale does not divide are dropped: 27 -> 13 at scale 2.
+            side = math.isqrt(hidden_states.shape[1])
+            grid = hidden_states.transpose(1, 2).unflatten(2, (side, side))
+            hidden_states = F.avg_pool2d(grid, scale, stride=scale).flatten(2).transpose(1, 2)
+        return self.encode_head(hidden_states), encoder_outputs
+
+    def _quantize(self, pre_quantized, do_sample, temperature, generator):
+        """Pre-quantised features (B, N, C) -> codes (B, N) and the bottleneck's vectors (B, N, D)."""
+        z = self.in_proj(pre_quantized)
+        if self.config.l2_normalized:
+            z = F.normalize(z.float(), dim=-1)
+        flat = z.float().flatten(0, 1)
+        if do_sample:
+            temperature = self._sampling_temperature(temperature)
+            uniform = _uniform(pre_quantized.shape[0], pre_quantized.shape[1], generator, z.device)
+            codes = self.quantizer.sample(flat, temperature, uniform.flatten())
+        elif temperature is not None or generator is not None:
+            raise ValueError("temperature and generator only apply when codes are sampled: pass do_sample=True")
+        else:
+            codes = self.quantizer.nearest(flat)
+        return codes.view(z.shape[:2]), z.to(pre_quantized.dtype)
+
+    def _sampling_temperature(self, temperature):
+        if not self.config.l2_normalized:
+            raise ValueError("codes are sampled from a softmax over cosines, but this checkpoint compares by distance")
+        if temperature is None and self.config.learned_temperature:
+            return 1 / self.quantizer.stochastic_temperature_inv.float()
+        temperature = self.config.stochastic_temperature if temperature is None else temperature
+        if temperature is None:
+            raise ValueError("this checkpoint has no temperature of its own to sample with: pass temperature=")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        return temperature
+
+    def _decode_vectors(self, vectors):
+        return self.decode_head(self.decoder(self.out_proj(vectors)))
+
+
+def _uniform(batch_size, length, generator, device):
+    """Uniform numbers (batch, length), row i from generator i alone; never from the global one, also without any."""
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    if isinstance(generator, torch.Generator):
+        generators = [generator] * batch_size
+    elif len(generator) == batch_size:
+        generators = generator
+    else:
+        raise ValueError(f"expected one generator or one per sample ({batch_size}), got a list of {len(generator)}")
+    return torch.stack([torch.rand(length, generator=g, device=g.device).to(device) for g in generators])
+
+
+TATokConfig.register_for_auto_class()
+TATokModel.register_for_auto_class("AutoModel")
+
+__all__ = ["TATokConfig", "TATokModel", "TATokOutput", "TATokPreTrainedModel"]
