@@ -247,7 +247,6 @@ class ARDeTokPositionEmbedding(nn.Embedding):
 
     def __init__(self, config: ARDeTokConfig):
         super().__init__(config.max_position_embeddings, config.hidden_size)
-        self.requires_grad_(not config.fixed_positions)
 
     def sinusoids(self) -> torch.Tensor:
         """The fixed table: sines in the first half of the width, cosines in the second."""
@@ -343,12 +342,24 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
         self.model = ARDeTokModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.vqvae = JanusVQVAE._from_config(config.vq_config)
-        self.vqvae.requires_grad_(False)  # trained beforehand: it defines the tokens
         # The sampling of the release; a repo's generation_config.json overrides it.
         self.generation_config = GenerationConfig(
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, guidance_scale=4.0
         )
         self.post_init()
+        self._freeze()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)  # makes every weight trainable
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
+        return loaded
+
+    def _freeze(self):
+        """The autoencoder defines the tokens, so it is trained beforehand; fixed positions stay fixed."""
+        self.vqvae.requires_grad_(False)
+        if self.config.fixed_positions:
+            self.model.position_embedding.requires_grad_(False)
 
     @can_return_tuple
     def forward(

@@ -159,7 +159,6 @@ class TATokQuantizer(nn.Module):
         super().__init__()
         self.l2_normalized = config.l2_normalized
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_dim)
-        self.embedding.requires_grad_(False)
         self.embedding_proj = nn.Linear(config.codebook_dim, config.codebook_dim)
         if config.learned_temperature:
             self.stochastic_temperature_inv = nn.Parameter(torch.tensor(10.0))
@@ -352,6 +351,17 @@ class TATokModel(TATokPreTrainedModel):
             nn.Linear(hidden_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, hidden_size)
         )
         self.post_init()
+        self._freeze()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)  # makes every weight trainable
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
+        return loaded
+
+    def _freeze(self):
+        """Only the projection of the codebook is trained: the embeddings are the language model's."""
+        self.quantizer.embedding.requires_grad_(False)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.embeddings.patch_embedding

@@ -1,0 +1,465 @@
+"""TATokModel: parity with the original (tests/golden), the codebook's cache, the search, sampling, errors."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from tar_hf import TATokConfig, TATokModel
+from tar_hf.modeling import modeling_ta_tok
+from tar_hf.modeling.modeling_ta_tok import TATokQuantizer
+
+SCALES = (1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def published(ta_tok_repo):
+    return TATokModel.from_pretrained(ta_tok_repo("published")).eval()
+
+
+@pytest.fixture(scope="module")
+def by_distance(ta_tok_repo):
+    return TATokModel.from_pretrained(ta_tok_repo("plain_l2")).eval()
+
+
+@pytest.fixture(scope="module")
+def pixels(expected):
+    return expected("published/ta_tok")["pixels_uint8"].float() / 255 * 2 - 1
+
+
+def tiny_config(**kwargs):
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    encoder = {**sizes, "image_size": 48, "patch_size": 8}
+    decoder = {**sizes, "num_channels": kwargs.get("codebook_dim", 16), "patch_size": 1, "num_patches": 9}
+    return TATokConfig(
+        **{"encoder_config": encoder, "decoder_config": decoder, **{"codebook_size": 50, "codebook_dim": 16}, **kwargs}
+    )
+
+
+@pytest.fixture
+def tiny():
+    torch.manual_seed(0)
+    return TATokModel(tiny_config()).eval()
+
+
+def random_pixels(batch=2, size=48, seed=0):
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+# Parity: golden published/ta_tok, plain_l2/ta_tok
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", ["published", "plain_l2"])
+@torch.no_grad()
+def test_equals_the_original(name, scale, ta_tok_repo, expected):
+    model, data = TATokModel.from_pretrained(ta_tok_repo(name)).eval(), expected(f"{name}/ta_tok")
+    pixels = data["pixels_uint8"].float() / 255 * 2 - 1
+    output = model(pixels, scale=scale)
+    assert torch.equal(output.codes, data[f"codes_scale{scale}"])
+    assert torch.equal(model.encode(pixels, scale=scale), data[f"codes_scale{scale}"])
+    torch.testing.assert_close(output.pre_quantized, data[f"pre_quant_scale{scale}"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(output.features, data[f"features_scale{scale}"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.decode(output.codes), data[f"features_scale{scale}"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.codebook, data["projected_codebook"], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_image_depends_on_nothing_else_in_the_batch(published, pixels):
+    both = published.encode(pixels)
+    assert torch.equal(both[1:], published.encode(pixels[1:]))
+    assert torch.equal(both.flip(0), published.encode(pixels.flip(0)))
+
+
+def test_encode_runs_no_decoder(published, pixels, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the decoder ran")
+
+    monkeypatch.setattr(published.decoder, "forward", refuse)
+    published.encode(pixels, scale=3)
+    with pytest.raises(AssertionError):
+        published(pixels, scale=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["published", "plain_l2"])
+@torch.no_grad()
+def test_reduced_precision_finds_the_codes_of_a_float32_search(name, dtype, ta_tok_repo, pixels):
+    model = TATokModel.from_pretrained(ta_tok_repo(name), dtype=dtype).eval()
+    output = model(pixels)
+    assert output.features.dtype == model.codebook.dtype == dtype
+    z = model.in_proj(output.pre_quantized).float().flatten(0, 1)
+    codebook = model.quantizer.project(model.quantizer.embedding.weight)
+    if model.config.l2_normalized:
+        scores = F.normalize(z, dim=-1) @ codebook.T
+    else:
+        scores = -torch.cdist(z.double(), codebook.double())
+    chosen = scores.gather(1, output.codes.flatten()[:, None])[:, 0]
+    torch.testing.assert_close(chosen, scores.amax(1), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_attention_implementations_agree(implementation, ta_tok_repo, expected, pixels):
+    model = TATokModel.from_pretrained(ta_tok_repo(), attn_implementation=implementation).eval()
+    layers = [model.encoder.encoder.layers[0], model.decoder.encoder.layers[0]]
+    assert {layer.self_attn.config._attn_implementation for layer in layers} == {implementation}
+    assert torch.equal(model.encode(pixels), expected("published/ta_tok")["codes_scale1"])
+
+
+def test_every_attention_goes_through_the_library_interface(tiny):
+    """What lets flash_attention_2 and custom kernels in: a registered function sees all layers of both towers."""
+    calls = []
+
+    def recorder(module, query, key, value, attention_mask, **kwargs):
+        calls.append((type(module).__name__, attention_mask is None))
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2), None
+
+    AttentionInterface.register("recorder", recorder)
+    expected = tiny(random_pixels()).features
+    tiny.set_attn_implementation("recorder")
+    torch.testing.assert_close(tiny(random_pixels()).features, expected)
+    assert calls == [("SiglipAttention", True)] * 2 + [("Siglip2Attention", True)] * 2
+    assert TATokModel._supports_flash_attn and type(tiny.encoder)._supports_flash_attn
+    assert type(tiny.decoder)._supports_flash_attn
+
+
+def test_hidden_states_are_the_vision_towers(tiny):
+    output = tiny(random_pixels(), output_hidden_states=True)
+    assert len(output.hidden_states) == 3
+    tiny.set_attn_implementation("eager")
+    assert len(tiny(random_pixels(), output_attentions=True).attentions) == 2
+    codes, pre_quantized, features = tiny(random_pixels(), return_dict=False)
+    assert codes.shape == (2, 36) and pre_quantized.shape == features.shape == (2, 36, 24)
+
+
+# The codebook: computed once, and again whenever a weight is another
+
+
+class Projections:
+    """Counts the chunks that the codebook's projection goes through."""
+
+    def __init__(self, monkeypatch):
+        self.count = 0
+        project = TATokQuantizer.project
+
+        def counted(quantizer, embeddings):
+            self.count += 1
+            return project(quantizer, embeddings)
+
+        monkeypatch.setattr(TATokQuantizer, "project", counted)
+
+
+@torch.no_grad()
+def test_codebook_is_projected_once(tiny, monkeypatch):
+    projections = Projections(monkeypatch)
+    codes = tiny.encode(random_pixels())
+    tiny.encode(random_pixels(seed=1))
+    tiny.decode(codes)
+    assert tiny.codebook is tiny.codebook
+    assert projections.count == 1
+
+
+@torch.no_grad()
+def test_codebook_follows_dtype_changes(tiny):
+    exact = tiny.codebook
+    assert tiny.to(torch.bfloat16).codebook.dtype == torch.bfloat16
+    assert tiny.to(torch.float16).codebook.dtype == torch.float16
+    torch.testing.assert_close(tiny.to(torch.float32).codebook, exact, atol=2e-2, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("assign", [False, True])
+def test_codebook_follows_reloading(tiny, assign):
+    before = tiny.codebook.clone()
+    other = TATokModel(tiny_config()).eval()
+    assert not torch.allclose(before, other.codebook)
+    tiny.load_state_dict(other.state_dict(), assign=assign)
+    assert torch.equal(tiny.codebook, other.codebook)
+
+
+@torch.no_grad()
+def test_codebook_follows_edits_in_place(tiny):
+    before = tiny.codebook.clone()
+    tiny.quantizer.embedding_proj.weight.mul_(2)
+    tiny.quantizer.embedding_proj.bias.add_(1)
+    after = tiny.codebook
+    assert not torch.allclose(before, after)
+    assert torch.equal(after, copy.deepcopy(tiny).codebook)
+
+
+def test_codebook_is_recomputed_while_training(tiny, monkeypatch):
+    tiny.train()
+    projections = Projections(monkeypatch)
+    first = tiny.codebook
+    assert torch.equal(first, tiny.codebook) and projections.count == 2
+    tiny.quantizer.embedding_proj.weight.data.mul_(-1)  # .data hides the change from version counters
+    assert not torch.allclose(first, tiny.codebook)
+    assert torch.equal(tiny.codebook, tiny.eval().codebook)
+
+
+@torch.no_grad()
+def test_codebook_is_neither_saved_nor_moved_as_state(tiny, tmp_path):
+    keys = tiny.state_dict().keys()
+    tiny.encode(random_pixels())
+    assert tiny.state_dict().keys() == keys
+    tiny.save_pretrained(tmp_path)
+    assert torch.equal(TATokModel.from_pretrained(tmp_path).eval().codebook, tiny.codebook)
+
+
+def test_codebook_is_normalised_where_configured():
+    torch.manual_seed(0)
+    norms = TATokModel(tiny_config()).eval().codebook.norm(dim=-1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+    norms = TATokModel(tiny_config(l2_normalized=False)).eval().codebook.norm(dim=-1)
+    assert norms.max() < 0.5
+
+
+# The search
+
+
+def quantizer(codes=1000, dim=32, dtype=torch.float32, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    module = TATokQuantizer(tiny_config(codebook_size=codes, codebook_dim=dim, **kwargs)).eval()
+    return module.to(dtype)
+
+
+def vectors(count=600, dim=32, normalized=True, seed=1):
+    z = torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
+    return F.normalize(z, dim=-1) if normalized else z
+
+
+@pytest.mark.parametrize("chunks", [(512, 8192), (7, 64), (600, 1), (1, 999)])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_chunks_do_not_change_the_result(chunks, normalized):
+    module, z = quantizer(l2_normalized=normalized), vectors(normalized=normalized)
+    distances = torch.cdist(z.double(), module.codebook().exact.double())
+    module.token_chunk, module.code_chunk = chunks
+    assert torch.equal(module.nearest(z), distances.argmin(-1))
+
+
+def test_first_of_equal_codes_wins():
+    module, z = quantizer(), vectors()
+    with torch.no_grad():
+        module.embedding.weight[500:] = module.embedding.weight[:500]
+    module.code_chunk = 128
+    assert module.nearest(z).max() < 500
+    module.to(torch.bfloat16)
+    assert module.nearest(z).max() < 500
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reduced_search_is_exact_where_the_shortlist_is_hopeless(dtype, normalized):
+    """All codes within rounding of one another: bfloat16 cannot order them, so the certificate has to notice."""
+    module, z = quantizer(codes=2000, dtype=dtype, l2_normalized=normalized), vectors(normalized=normalized)
+    with torch.no_grad():
+        module.embedding_proj.weight.mul_(0.02)
+        module.embedding_proj.bias.normal_()
+    module.shortlist, module.code_chunk = 2, 300
+    exact = module.codebook().exact.double()
+    scores = z.double() @ exact.T - (0 if normalized else exact.square().sum(-1) / 2)
+    guess = (z.to(dtype) @ module.codebook().reduced.T).argmax(-1)
+    assert (guess != scores.argmax(-1)).float().mean() > 0.02  # the case is a hard one
+    chosen = scores.gather(1, module.nearest(z)[:, None])[:, 0]
+    torch.testing.assert_close(chosen, scores.amax(-1), atol=1e-6, rtol=1e-6)
+
+
+def test_search_holds_no_tokens_times_codes_matrix():
+    module, z = quantizer(codes=20000, dim=8), vectors(count=4000, dim=8)
+    module.codebook()
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return result
+
+    with Watch():
+        module.nearest(z)
+        module.sample(z, 0.03, torch.rand(len(z)))
+    assert largest <= module.token_chunk * module.code_chunk
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("code_chunk", [8192, 7])
+def test_samples_follow_the_softmax_of_cosines(code_chunk):
+    module, z = quantizer(codes=40, dim=6), vectors(count=3, dim=6)
+    module.code_chunk = code_chunk
+    uniform = (torch.arange(5000) + 0.5) / 5000  # an even grid of numbers gives the distribution itself
+    for row in z:
+        codes = module.sample(row.expand(5000, -1), 0.3, uniform)
+        probabilities = (module.codebook().exact @ row / 0.3).softmax(-1)
+        torch.testing.assert_close(codes.bincount(minlength=40) / 5000, probabilities, atol=3e-4, rtol=0)
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_sampling_depends_on_the_samples_own_generator(published, pixels):
+    state = torch.get_rng_state()
+    both = published.encode(pixels, scale=2, do_sample=True, generator=generators(1, 2))
+    alone = published.encode(pixels[1:], scale=2, do_sample=True, generator=generators(2)[0])
+    swapped = published.encode(pixels.flip(0), scale=2, do_sample=True, generator=generators(2, 1))
+    assert torch.equal(both[1:], alone) and torch.equal(both, swapped.flip(0))
+    assert not torch.equal(both, published.encode(pixels, scale=2))
+    assert not torch.equal(both, published.encode(pixels, scale=2, do_sample=True, generator=generators(3, 4)))
+    assert not torch.equal(*(published.encode(pixels, scale=2, do_sample=True) for _ in range(2)))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_cold_sampling_is_the_nearest_code():
+    module, z = quantizer(), vectors()
+    best, second = (z @ module.codebook().exact.T).topk(2).values.T
+    clear = best - second > 1e-3
+    codes = module.sample(z, 1e-5, torch.rand(len(z)))
+    assert clear.sum() > 300 and torch.equal(codes[clear], module.nearest(z)[clear])
+
+
+def test_learned_temperature_is_a_weight_that_samples(tmp_path):
+    torch.manual_seed(0)
+    model = TATokModel(tiny_config(learned_temperature=True, stochastic_temperature=None)).eval()
+    assert model.quantizer.stochastic_temperature_inv.item() == 10
+    with torch.no_grad():
+        model.quantizer.stochastic_temperature_inv.fill_(1e5)
+    model.save_pretrained(tmp_path)
+    model = TATokModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(model.encode(random_pixels(), do_sample=True), model.encode(random_pixels()))
+    with pytest.raises(ValueError, match="positive"):
+        model.encode(random_pixels(), do_sample=True, temperature=-1)
+
+
+def test_fixed_temperature_is_the_default_of_sampling(published, pixels):
+    samples = [
+        published.encode(pixels, scale=3, do_sample=True, temperature=temperature, generator=generators(0)[0])
+        for temperature in (None, 0.03, 0.3)
+    ]
+    assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
+
+
+# Training
+
+
+def test_straight_through_gradients_reach_the_encoder_and_the_projection(tiny):
+    tiny.train()
+    output = tiny(random_pixels())
+    output.features.square().mean().backward()
+    without = {name for name, parameter in tiny.named_parameters() if parameter.grad is None}
+    # The codebook learns from the loss over its own vectors: the features' gradient passes straight through to z.
+    assert without == {f"quantizer.{n}" for n in ("embedding.weight", "embedding_proj.weight", "embedding_proj.bias")}
+    tiny.quantizer.lookup(output.codes).sum().backward()
+    assert tiny.quantizer.embedding_proj.weight.grad.abs().sum() > 0
+    assert tiny.quantizer.embedding.weight.grad is None and not tiny.quantizer.embedding.weight.requires_grad
+
+
+def test_frozen_embedding_stays_frozen_after_loading(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    loaded = TATokModel.from_pretrained(tmp_path)
+    frozen = [name for name, parameter in loaded.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["quantizer.embedding.weight"]
+
+
+def test_gradient_checkpointing_changes_nothing(tiny):
+    def gradients():
+        tiny.zero_grad()
+        tiny(random_pixels()).features.square().mean().backward()
+        return [p.grad.clone() for p in tiny.encoder.parameters()]
+
+    tiny.train()
+    plain = gradients()
+    tiny.gradient_checkpointing_enable()
+    torch.testing.assert_close(gradients(), plain)
+
+
+def test_autocast_keeps_the_search_in_float32(tiny):
+    codes = tiny.encode(random_pixels())
+    z = tiny.in_proj(tiny(random_pixels()).pre_quantized)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        flat = F.normalize(z, dim=-1).flatten(0, 1)
+        assert torch.equal(tiny.quantizer.nearest(flat), codes.flatten())
+        assert tiny.encode(random_pixels()).shape == codes.shape
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize("scale", [0, 4, 1.5, -1, None])
+def test_unsupported_scale(tiny, scale):
+    with pytest.raises(ValueError, match=r"scale must be one of \[1, 2, 3\], got"):
+        tiny.encode(random_pixels(), scale=scale)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (3, 48, 48), (2, 1, 48, 48), (2, 48, 48, 3)])
+def test_pixels_of_another_shape(tiny, shape):
+    with pytest.raises(ValueError, match=r"\(batch, 3, 48, 48\), got \("):
+        tiny.encode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("codes", [torch.tensor([[-1] * 36]), torch.tensor([[0] * 35 + [50]])])
+def test_codes_out_of_range(tiny, codes):
+    with pytest.raises(ValueError, match=r"codes must be in 0\.\.49, got"):
+        tiny.decode(codes)
+
+
+@pytest.mark.parametrize("shape", [(1, 35), (36,), (1, 25), (1, 6, 6), (1, 0)])
+def test_codes_of_a_wrong_length(tiny, shape):
+    with pytest.raises(ValueError, match=r"\{1: 36, 2: 9, 3: 4\}, got"):
+        tiny.decode(torch.zeros(shape, dtype=torch.long))
+
+
+def test_codes_must_be_integers(tiny):
+    with pytest.raises(TypeError, match="integers, got torch.float32"):
+        tiny.decode(torch.zeros(1, 36))
+    assert torch.equal(tiny.decode(torch.ones(1, 36, dtype=torch.uint8)), tiny.decode(torch.ones(1, 36).long()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.1}, "do_sample=True"),
+        ({"generator": torch.Generator()}, "do_sample=True"),
+        ({"do_sample": True, "temperature": 0.0}, "positive"),
+        ({"do_sample": True, "generator": [torch.Generator()] * 3}, r"per sample \(2\), got a list of 3"),
+    ],
+)
+def test_sampling_options_that_cannot_apply(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.encode(random_pixels(), **options)
+
+
+def test_sampling_needs_cosines_and_a_temperature(by_distance, pixels):
+    with pytest.raises(ValueError, match="compares by distance"):
+        by_distance.encode(pixels, do_sample=True)
+    model = TATokModel(tiny_config(stochastic_temperature=None))
+    with pytest.raises(ValueError, match="no temperature of its own"):
+        model.encode(random_pixels(), do_sample=True)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"decoder_config": {"hidden_size": 48, "num_channels": 16, "patch_size": 1}}, {"codebook_dim": 20}]
+)
+def test_configurations_that_contradict_themselves(kwargs):
+    config = tiny_config().to_dict()
+    with pytest.raises(ValueError, match="got"):
+        TATokConfig(**{**config, **kwargs})
+
+
+def test_default_configuration_is_the_published_one():
+    config = TATokConfig()
+    assert [config.num_tokens(scale) for scale in SCALES] == [729, 169, 81]
+    with torch.device("meta"):
+        model = TATokModel(config)
+    encoder = sum(p.numel() for p in model.encoder.parameters())
+    assert math.isclose(encoder, 397e6, rel_tol=0.01)  # 26 layers of so400m, without head and final norm
+    assert tuple(model.quantizer.embedding.weight.shape) == (65536, 1536)
+    assert modeling_ta_tok.TATokConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
