@@ -1,0 +1,44 @@
+"""What the README and the examples say, run."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_readme_runs(ta_tok_repo, ar_detok_repo, golden, tmp_path, monkeypatch):
+    """Every Python block in turn, in one namespace, where the README's folders are the converted reference data."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    (tmp_path / "ta-tok").symlink_to(ta_tok_repo())
+    (tmp_path / "ar-detok").symlink_to(ar_detok_repo())
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(20)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(tmp_path / "any-llm")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=32, intermediate_size=16, **sizes)).save_pretrained(tmp_path / "any-llm")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    names = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["codes"].shape == (1, 169) and names["image"].shape == (1, 3, 64, 64)
+    assert names["ids"].min() >= 25 and names["vocabulary"].codebook_size == 512
+
+
+@pytest.mark.slow
+def test_example_reconstruct(tmp_path):
+    command = [sys.executable, ROOT / "examples" / "reconstruct.py", "--output", tmp_path / "out", "--scale", "3"]
+    for _ in range(2):  # the second time with the repositories of the first
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert "codes (1, 81)" in output
+    with Image.open(tmp_path / "out" / "reconstruction.png") as picture:
+        assert picture.size == (128, 128) and picture.mode == "RGB"
