@@ -201,6 +201,18 @@ def test_codebook_is_recomputed_while_training(tiny, monkeypatch):
     assert torch.equal(tiny.codebook, tiny.eval().codebook)
 
 
+def test_codebook_made_in_inference_mode_serves_gradients(tiny):
+    with torch.inference_mode():
+        codes = tiny.encode(random_pixels())
+    tiny.decode(codes.clone()).sum().backward()
+    assert tiny.out_proj.weight.grad is not None
+
+
+def test_codes_carry_no_graph(tiny):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: pytest.fail("a graph was built"), lambda x: x):
+        tiny.encode(random_pixels())
+
+
 @torch.no_grad()
 def test_codebook_is_neither_saved_nor_moved_as_state(tiny, tmp_path):
     keys = tiny.state_dict().keys()

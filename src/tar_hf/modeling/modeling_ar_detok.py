@@ -33,7 +33,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -286,7 +287,7 @@ class ARDeTokModel(ARDeTokPreTrainedModel):
     def embed_condition(self, condition: torch.Tensor) -> torch.Tensor:
         """Features (B, N, C) -> prefix (B, N, W). In training, rows lose their condition at `condition_dropout`."""
         self.check_condition(condition)
-        condition = condition.to(self.condition_proj.weight)
+        condition = condition.to(self.condition_proj.weight.dtype)
         if self.training and self.config.condition_dropout > 0:
             kept = torch.rand(len(condition), 1, 1, device=condition.device) >= self.config.condition_dropout
             condition = condition * kept
@@ -300,7 +301,7 @@ class ARDeTokModel(ARDeTokPreTrainedModel):
         condition: torch.FloatTensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """`condition` (B, N, C) and `input_ids` (B, L), either or both -> hidden states (B, N + L, W)."""
         if input_ids is None and condition is None:
@@ -371,7 +372,7 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         guidance_scale: float | None = None,
         logits_to_keep: int = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
         Args:
@@ -517,7 +518,7 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
         self.model.check_condition(condition)
         return super().generate(
             # To the library the condition is the prompt's embeddings: it only looks at the shape.
-            inputs_embeds=condition.to(self.device),
+            inputs_embeds=condition,
             generation_config=generation_config,
             custom_generate=decode,
             guidance=(guidance_scale, guidance_interval) if guided else None,
@@ -557,7 +558,7 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"ids must be in 0..{self.config.vocab_size - 1}, got {ids.min().item()}..{ids.max().item()}"
             )
-        return self.vqvae.decode(ids.to(self.device, torch.long)) * 0.5 + 0.5
+        return self.vqvae.decode(ids.long()) * 0.5 + 0.5
 
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.FloatTensor) -> torch.LongTensor:
@@ -571,7 +572,7 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
             raise ValueError(f"pixels must have the shape (batch, 3, {size}, {size}), got {tuple(pixels.shape)}")
         if pixels.numel() and not (pixels.min() >= 0 and pixels.max() <= 1):
             raise ValueError(f"pixels must be in 0..1, got {pixels.min().item():.4g}..{pixels.max().item():.4g}")
-        latents = self.vqvae.quant_conv(self.vqvae.encoder(pixels.to(self.vqvae.quant_conv.weight) * 2 - 1))
+        latents = self.vqvae.quant_conv(self.vqvae.encoder(pixels.to(self.vqvae.dtype) * 2 - 1))
         # Cosine decides, as in LlamaGen. JanusVQVAE.encode compares by distance and finds other tokens.
         latents = F.normalize(latents.float().flatten(2).mT, dim=-1)
         codebook = F.normalize(self.vqvae.quantize.embedding.weight.float(), dim=-1)

@@ -25,7 +25,8 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers import initialization as init
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 
 class TATokConfig(PreTrainedConfig):
@@ -180,6 +181,7 @@ class TATokQuantizer(nn.Module):
             return F.normalize(vectors, dim=-1) if self.l2_normalized else vectors
 
     @torch.compiler.disable
+    @torch.inference_mode(False)  # what is kept outlives the caller's mode, and may have to serve a backward pass
     @torch.no_grad()
     def codebook(self) -> "TATokCodebook":
         """The projected codebook: computed anew in training, kept while the weights stay as they are otherwise."""
@@ -188,6 +190,8 @@ class TATokQuantizer(nn.Module):
         if self._codebook is not None and self._codebook[0] == state:
             return self._codebook[1]
         embeddings = self.embedding.weight
+        if embeddings.is_meta:
+            raise RuntimeError("the quantizer's weights are offloaded or were never loaded: keep them on a device")
         exact = torch.empty(embeddings.shape, dtype=torch.float32, device=embeddings.device)
         reduced = exact if embeddings.dtype == torch.float32 else torch.empty_like(embeddings)
         rounding = torch.zeros((), device=embeddings.device)
@@ -293,7 +297,16 @@ class TATokQuantizer(nn.Module):
         return codes[:, 0]
 
 
-class TATokDecoder(Siglip2VisionModel):
+class _LibraryInitialization:
+    """Has SigLIP's layers initialised as in transformers, which spares modules without weights of their own in the
+    classes of others, and with them SigLIP's attention and MLP."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return False
+
+
+class TATokDecoder(_LibraryInitialization, Siglip2VisionModel):
     """The SigLIP2 vision model over code vectors: always complete square grids, so no padding and no mask."""
 
     _supports_flash_attn = True  # ruled out in the library for the padding masks alone
@@ -307,7 +320,7 @@ class TATokDecoder(Siglip2VisionModel):
         return self.post_layernorm(self.encoder(inputs_embeds=hidden_states).last_hidden_state)
 
 
-class TATokPreTrainedModel(PreTrainedModel):
+class TATokPreTrainedModel(_LibraryInitialization, PreTrainedModel):
     config: TATokConfig
     base_model_prefix = "ta_tok"
     main_input_name = "pixel_values"
@@ -366,6 +379,9 @@ class TATokModel(TATokPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.embeddings.patch_embedding
 
+    def set_input_embeddings(self, value: nn.Module):
+        self.encoder.embeddings.patch_embedding = value
+
     @property
     def codebook(self) -> torch.Tensor:
         """(K, D) projected codes, l2-normalised where the configuration says so, in the model's dtype.
@@ -373,6 +389,7 @@ class TATokModel(TATokPreTrainedModel):
         Computed once and kept in evaluation mode; follows `.to()`, dtype changes and newly loaded weights."""
         return self.quantizer.codebook().reduced
 
+    @torch.no_grad()
     def encode(
         self,
         pixel_values: torch.FloatTensor,
@@ -428,7 +445,7 @@ class TATokModel(TATokPreTrainedModel):
             raise ValueError(
                 f"codes must be in 0..{self.config.codebook_size - 1}, got {codes.min().item()}..{codes.max().item()}"
             )
-        return self._decode_vectors(self.quantizer.lookup(codes.to(self.device, torch.long)))
+        return self._decode_vectors(self.quantizer.lookup(codes.long()))
 
     @can_return_tuple
     def forward(
@@ -438,7 +455,7 @@ class TATokModel(TATokPreTrainedModel):
         do_sample: bool = False,
         temperature: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TATokOutput:
         """Encodes and decodes; arguments as in [`~TATokModel.encode`]. In training mode the features carry a
         straight-through gradient from the codes to the encoder."""
