@@ -8,7 +8,14 @@ import torch
 from transformers import JanusVQVAEConfig
 
 from tar_hf.conversion.assign import Report, assign_tensors
-from tar_hf.conversion.checkpoint import ConversionError, check_tensors, read_checkpoint, read_model_section
+from tar_hf.conversion.checkpoint import (
+    ConversionError,
+    building,
+    check_tensors,
+    read_checkpoint,
+    read_model_section,
+    shape_of,
+)
 from tar_hf.conversion.model_card import write_model_card
 from tar_hf.conversion.output import new_folder
 from tar_hf.modeling.modeling_ar_detok import PRESETS, ARDeTokConfig, ARDeTokForCausalLM
@@ -80,13 +87,11 @@ def convert_ar_detok(
     source, vqvae = Path(source), Path(vqvae)
     name, args, tensors = read_model_section(source, "an AR-DTok checkpoint")
     vq_tensors = _read_vqvae(vqvae)
-    config = _read_config(name, args, tensors, _read_vq_config(vq_tensors), num_attention_heads)
-    # The table has a leading axis of 1 in the original; taking it off first lets every shape be compared as it is.
-    if tensors["abs_pe"].ndim == 3 and len(tensors["abs_pe"]) == 1:
-        tensors = {**tensors, "abs_pe": tensors["abs_pe"][0]}
-    with torch.device("meta"):
+    with building(f"{source} with {vqvae}"), torch.device("meta"):
+        config = _read_config(name, args, tensors, _read_vq_config(vq_tensors), num_attention_heads)
         model = ARDeTokForCausalLM(config)
     combined = {**tensors, **{f"vqvae.{key}": tensor for key, tensor in vq_tensors.items()}}
+    combined["abs_pe"] = tensors["abs_pe"][0]  # the original's table has a leading axis of 1
     report = assign_tensors(
         model, combined, _source_name, {r"vqvae\.quantize\.codebook_used": "usage counter of the VQ's training"}
     )
@@ -128,10 +133,8 @@ def _source_name(name):
     return name
 
 
-def _shape(tensors, name, kind="AR-DTok checkpoint"):
-    if name not in tensors:
-        raise ConversionError(f"not a whole {kind}: it has no {name}")
-    return tuple(tensors[name].shape)
+def _shape(tensors, name, dimensions=2):
+    return shape_of(tensors, name, dimensions, "AR-DTok checkpoint")
 
 
 def _count(tensors, prefix):
@@ -190,10 +193,12 @@ def _read_config(name, args, tensors, vq_config, num_attention_heads) -> ARDeTok
     if side * side != image_tokens:
         raise ConversionError(f"max_seq_len must be a square grid of tokens, got {image_tokens}")
     expected = (1, condition_tokens + image_tokens - 1, width)
-    if _shape(tensors, "abs_pe") != expected:
+    if "abs_pe" not in tensors:
+        raise ConversionError("not a whole AR-DTok checkpoint: it has no abs_pe")
+    if tensors["abs_pe"].shape != expected:
         raise ConversionError(
             f"abs_pe must have the shape {expected} for {condition_tokens} condition tokens (cls_token_num) and "
-            f"{image_tokens} image tokens (max_seq_len), got {_shape(tensors, 'abs_pe')}"
+            f"{image_tokens} image tokens (max_seq_len), got {tuple(tensors['abs_pe'].shape)}"
         )
     if vq_config["num_embeddings"] != vocab_size:
         raise ConversionError(
@@ -234,12 +239,14 @@ def _read_vqvae(path):
 def _read_vq_config(tensors) -> dict:
     """All sizes of the autoencoder from its shapes, as fields of `JanusVQVAEConfig`."""
 
-    def shape(name):
-        return _shape(tensors, name, "VQ autoencoder")
+    def shape(name, dimensions=4):
+        return shape_of(tensors, name, dimensions, "VQ autoencoder")
 
-    num_embeddings, embed_dim = shape("quantize.embedding.weight")
+    num_embeddings, embed_dim = shape("quantize.embedding.weight", 2)
     base_channels, in_channels = shape("encoder.conv_in.weight")[:2]
     levels = range(_count(tensors, "encoder.conv_blocks."))
+    if not levels:
+        raise ConversionError("not a whole VQ autoencoder: it has no encoder.conv_blocks")
     return {
         "num_embeddings": num_embeddings,
         "embed_dim": embed_dim,

@@ -96,6 +96,9 @@ def assign_tensors(
         source_name,
         droppable,
     )
+    for origin in names.values():
+        if not source[origin].is_floating_point():
+            raise ConversionError(f"{origin} must hold floating-point weights, got {source[origin].dtype}")
     dtypes = {source[origin].dtype for origin in names.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     if dtypes:

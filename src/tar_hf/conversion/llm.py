@@ -6,13 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from tar_hf.conversion.assign import Report, match_tensors
-from tar_hf.conversion.checkpoint import ConversionError
+from tar_hf.conversion.checkpoint import ConversionError, building
+from tar_hf.conversion.folder import read_json, read_shapes, weight_files
 from tar_hf.conversion.model_card import write_model_card
 from tar_hf.conversion.output import new_folder
 from tar_hf.modeling.visual_vocabulary import ORIGINAL_NAMES, VisualVocabulary
@@ -56,19 +57,21 @@ def convert_llm(source: str | Path, output: str | Path, base_model: str | None =
         `ConversionError`: whatever does not fit, see the messages. `FileNotFoundError`, `FileExistsError`.
     """
     source = Path(source)
-    fields = _read_json(source / "config.json")
+    fields = read_json(source / "config.json")
     if fields.get("model_type") not in ("qwen2", "llava_qwen"):
         raise ConversionError(
             f"{source} must hold a qwen2 or llava_qwen model, got model_type {fields.get('model_type')!r}"
         )
     clean = _clean_fields(fields)
-    config = Qwen2Config(**clean)
+    with building(str(source / "config.json")):
+        config = Qwen2Config(**clean)
+        expected = _expected_shapes(config)
     vocabulary = _read_vocabulary(source, fields, config)
     clean["visual_vocabulary"] = asdict(vocabulary)
 
-    files = _weight_files(source)
-    shapes = {name: shape for file in files for name, shape in _read_shapes(file).items()}
-    names, report = match_tensors(shapes, _expected_shapes(config), lambda name: name, _droppable(config))
+    files = weight_files(source, SAFE_WEIGHTS_NAME)
+    shapes = read_shapes(files)
+    names, report = match_tensors(shapes, expected, lambda name: name, _droppable(config))
     left_out = sorted(fields.keys() - clean.keys())
     if left_out:
         report.notes.append(f"fields of config.json left out: {', '.join(left_out)}")
@@ -95,18 +98,6 @@ def convert_llm(source: str | Path, output: str | Path, base_model: str | None =
     return report
 
 
-def _read_json(path):
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file")
-    try:
-        content = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConversionError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} must hold an object, got a {type(content).__name__}")
-    return content
-
-
 def _clean_fields(fields):
     known = Qwen2Config().to_dict().keys() | OLDER_FIELDS
     clean = {name: value for name, value in fields.items() if name in known}
@@ -116,8 +107,8 @@ def _clean_fields(fields):
 def _read_vocabulary(source, fields, config) -> VisualVocabulary:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, config=config, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConversionError(f"{source} holds no tokenizer that loads: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # whatever broken files make of the library's readers
+        raise ConversionError(f"{source} holds no tokenizer that loads: {type(error).__name__}: {error}") from None
     try:
         vocabulary = VisualVocabulary.from_tokenizer(tokenizer)
     except ValueError as error:
@@ -133,26 +124,6 @@ def _read_vocabulary(source, fields, config) -> VisualVocabulary:
                 f"config.json says {original} {fields[original]}, but the tokenizer has {getattr(vocabulary, field)}"
             )
     return vocabulary
-
-
-def _weight_files(source) -> list[Path]:
-    if (source / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        index = _read_json(source / SAFE_WEIGHTS_INDEX_NAME)
-        files = [source / name for name in sorted(set(index.get("weight_map", {}).values()))]
-    else:
-        files = [source / SAFE_WEIGHTS_NAME]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is not a file: weights must be in safetensors")
-    return files
-
-
-def _read_shapes(file):
-    try:
-        with safe_open(file, "pt") as tensors:
-            return {name: torch.Size(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-    except SafetensorError as error:
-        raise ConversionError(f"{file} is not a whole safetensors file: {error}") from None
 
 
 def _expected_shapes(config):

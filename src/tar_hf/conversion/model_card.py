@@ -27,7 +27,10 @@ with results equal to the original code's.
 ```python
 {usage}
 ```
+{note}"""
 
+# For repositories that carry their code.
+TRUST_NOTE = """
 With `pip install tar-hf` and `import tar_hf`, `trust_remote_code=True` is not needed.
 """
 
@@ -43,13 +46,14 @@ def write_model_card(
     pipeline_tag: str,
     base_model: str | None,
     tags: tuple[str, ...] = (),
+    library_name: str = "transformers",
 ):
     """Writes `README.md`. `facts` become a table, `source` is the name of the converted file or folder."""
     from tar_hf import __version__
 
     metadata = ModelCardData(
         license="apache-2.0",
-        library_name="transformers",
+        library_name=library_name,
         pipeline_tag=pipeline_tag,
         base_model=base_model,
         tags=["tar", *tags],
@@ -64,5 +68,6 @@ def write_model_card(
             version=__version__,
             table="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
             usage=usage.strip(),
+            note=TRUST_NOTE if "trust_remote_code" in usage else "",
         )
     ).save(folder / "README.md")

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
@@ -24,6 +26,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         yield temporary
         _open_to_readers(temporary)
         os.rename(temporary, path)
+    except SafetensorError as error:  # what a full disk looks like
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{path} could not be written: {error}") from error
     except BaseException:  # an interrupt leaves nothing behind either
         shutil.rmtree(temporary, ignore_errors=True)
         raise

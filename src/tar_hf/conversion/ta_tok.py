@@ -8,7 +8,7 @@ import torch
 from transformers import Siglip2VisionConfig, SiglipVisionConfig
 
 from tar_hf.conversion.assign import Report, assign_tensors
-from tar_hf.conversion.checkpoint import ConversionError, read_model_section
+from tar_hf.conversion.checkpoint import ConversionError, building, read_model_section, shape_of
 from tar_hf.conversion.model_card import write_model_card
 from tar_hf.conversion.output import new_folder
 from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
@@ -68,8 +68,8 @@ def convert_ta_tok(
     name, args, tensors = read_model_section(source, "a TA-Tok checkpoint")
     if "bottleneck" not in args:
         raise ConversionError(f"{source} is not a TA-Tok checkpoint: it calls itself {name!r} and has no bottleneck")
-    config = _read_config(args, tensors, _read_vision_config(vision_config), num_attention_heads)
-    with torch.device("meta"):
+    with building(str(source if vision_config is None else vision_config)), torch.device("meta"):
+        config = _read_config(args, tensors, _read_vision_config(vision_config), num_attention_heads)
         model = TATokModel(config)
     report = assign_tensors(model, tensors, _source_name, _droppable(config.encoder_config.num_hidden_layers))
     if args.get("pool_scale", 1) != 1:
@@ -127,10 +127,8 @@ def _droppable(num_layers):
     }
 
 
-def _shape(tensors, name):
-    if name not in tensors:
-        raise ConversionError(f"not a whole TA-Tok checkpoint: it has no {name}")
-    return tuple(tensors[name].shape)
+def _shape(tensors, name, dimensions=2):
+    return shape_of(tensors, name, dimensions, "TA-Tok checkpoint")
 
 
 def _num_layers(tensors, prefix):
@@ -160,14 +158,21 @@ def _read_vision_config(path) -> SiglipVisionConfig | None:
     return SiglipVisionConfig(**{key: value for key, value in fields.items() if key != "model_type"})
 
 
+def _section(args, name):
+    section = args.get(name, {})
+    if not isinstance(section, dict):
+        raise ConversionError(f"args of the bottleneck must be dictionaries in one another, got {name} {section!r}")
+    return section
+
+
 def _read_config(args, tensors, vision_config, num_attention_heads) -> TATokConfig:
     """Everything from the shapes and `args`; what both tell must agree."""
-    bottleneck = args["bottleneck"].get("args", {})
-    regularizer = bottleneck.get("regularizer", {})
+    bottleneck = _section(_section(args, "bottleneck"), "args")
+    regularizer = _section(bottleneck, "regularizer")
     kinds = (args["bottleneck"].get("name"), regularizer.get("name"))
     if kinds != ("bottleneck", "simvq"):
         raise ConversionError(f"expected a bottleneck and a regularizer ('bottleneck', 'simvq'), got {kinds}")
-    quantizer = regularizer.get("args", {})
+    quantizer = _section(regularizer, "args")
     codebook_size, codebook_dim = _shape(tensors, "bottleneck.regularizer.embedding.weight")
     for told, field, value in (
         (quantizer.get("codebook_size"), "codebook_size", codebook_size),
@@ -202,7 +207,7 @@ def _read_config(args, tensors, vision_config, num_attention_heads) -> TATokConf
 
 
 def _read_encoder(args, tensors, vision_config, num_attention_heads) -> SiglipVisionConfig:
-    hidden_size, _, patch_size, _ = _shape(tensors, "encoder.embeddings.patch_embedding.weight")
+    hidden_size, _, patch_size, _ = _shape(tensors, "encoder.embeddings.patch_embedding.weight", 4)
     positions = _shape(tensors, "encoder.embeddings.position_embedding.weight")[0]
     layers = _num_layers(tensors, "encoder.encoder.layers.")
     image_size = args.get("input_size", 384)

@@ -1,0 +1,32 @@
+"""The package's names: all there, loaded when used."""
+
+import importlib
+
+import pytest
+
+import tar_hf
+
+
+@pytest.mark.parametrize("name", tar_hf.__all__)
+def test_every_public_name_is_there(name):
+    value = getattr(tar_hf, name)
+    assert name in dir(tar_hf)
+    if name != "__version__":
+        assert value.__name__ == name and value.__module__.startswith("tar_hf.")
+        assert getattr(importlib.import_module(value.__module__), name) is value
+
+
+def test_star_import():
+    names = {}
+    exec("from tar_hf import *", names)
+    assert {*tar_hf.__all__} <= names.keys()
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match="module 'tar_hf' has no attribute 'TATokenizer'"):
+        tar_hf.TATokenizer  # noqa: B018
+    assert not hasattr(tar_hf, "__wrapped__")
+
+
+def test_dir_is_sorted_and_complete():
+    assert dir(tar_hf) == sorted({*dir(tar_hf)}) and {*tar_hf.__all__} <= {*dir(tar_hf)}
