@@ -359,6 +359,28 @@ def test_fixed_temperature_is_the_default_of_sampling(published, pixels):
     assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
 
 
+# Half a model
+
+
+@torch.no_grad()
+def test_either_half_loads_alone(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    encoder, first = TATokModel.from_pretrained(tmp_path, has_decoder=False, output_loading_info=True)
+    decoder, second = TATokModel.from_pretrained(tmp_path, has_encoder=False, output_loading_info=True)
+    assert not any([*first.values(), *second.values()])  # nothing missing, nothing left over
+    codes = encoder.eval().encode(random_pixels())
+    assert torch.equal(codes, tiny.encode(random_pixels()))
+    assert torch.equal(decoder.eval().decode(codes), tiny.decode(codes))
+    names = {name.split(".")[0] for name, _ in encoder.named_parameters()}
+    assert names == {"encoder", "encode_head", "in_proj", "quantizer"}
+    assert {name.split(".")[0] for name, _ in decoder.named_parameters()} & names == {"quantizer"}
+    for call in (lambda: encoder.decode(codes), lambda: encoder(random_pixels())):
+        with pytest.raises(ValueError, match="loaded without its decoder"):
+            call()
+    with pytest.raises(ValueError, match="loaded without its encoder"):
+        decoder.encode(random_pixels())
+
+
 # Training
 
 

@@ -48,6 +48,8 @@ class TATokConfig(PreTrainedConfig):
         learned_temperature (`bool`, *optional*, defaults to `False`):
             Whether the inverse temperature is a weight of the model; `stochastic_temperature` is then not used.
         scales (`list[int]`, *optional*, defaults to `[1, 2, 3]`): Pooling factors that `encode` accepts.
+        has_encoder, has_decoder (`bool`, *optional*, default to `True`):
+            Half a model: `from_pretrained(path, has_encoder=False)` loads what `decode` needs and no vision tower.
         initializer_range (`float`, *optional*, defaults to `0.02`): Standard deviation of freshly made linear weights.
     """
 
@@ -62,6 +64,8 @@ class TATokConfig(PreTrainedConfig):
     stochastic_temperature: float | int | None = 0.03
     learned_temperature: bool = False
     scales: list[int] | None = None
+    has_encoder: bool = True
+    has_decoder: bool = True
     initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
@@ -353,16 +357,22 @@ class TATokModel(TATokPreTrainedModel):
     def __init__(self, config: TATokConfig):
         super().__init__(config)
         hidden_size, dim = config.hidden_size, config.codebook_dim
-        self.encoder = SiglipVisionModel._from_config(config.encoder_config)
-        self.encoder.post_layernorm = nn.Identity()  # the quantised layer's output is read before the final norm
-        self.encode_head = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.Tanh())
-        self.in_proj = nn.Linear(hidden_size, dim)
+        if config.has_encoder:
+            self.encoder = SiglipVisionModel._from_config(config.encoder_config)
+            self.encoder.post_layernorm = nn.Identity()  # the quantised layer's output is read before the final norm
+            self.encode_head = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.Tanh())
+            self.in_proj = nn.Linear(hidden_size, dim)
         self.quantizer = TATokQuantizer(config)
-        self.out_proj = nn.Linear(dim, dim)
-        self.decoder = TATokDecoder._from_config(config.decoder_config)
-        self.decode_head = nn.Sequential(
-            nn.Linear(hidden_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, hidden_size)
-        )
+        if config.has_decoder:
+            self.out_proj = nn.Linear(dim, dim)
+            self.decoder = TATokDecoder._from_config(config.decoder_config)
+            self.decode_head = nn.Sequential(
+                nn.Linear(hidden_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, hidden_size)
+            )
+        # What a whole repository holds beyond the half that was asked for.
+        halves = {r"^(encoder|encode_head|in_proj)\.": config.has_encoder}
+        halves |= {r"^(decoder|decode_head|out_proj)\.": config.has_decoder}
+        self._keys_to_ignore_on_load_unexpected = [pattern for pattern, present in halves.items() if not present]
         self.post_init()
         self._freeze()
 
@@ -435,6 +445,7 @@ class TATokModel(TATokPreTrainedModel):
         """
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             raise TypeError(f"codes must be integers, got {codes.dtype}")
+        self._require("decoder")
         lengths = {scale: self.config.num_tokens(scale) for scale in self.config.scales}
         if codes.ndim != 2 or codes.shape[1] not in lengths.values():
             raise ValueError(
@@ -459,6 +470,7 @@ class TATokModel(TATokPreTrainedModel):
     ) -> TATokOutput:
         """Encodes and decodes; arguments as in [`~TATokModel.encode`]. In training mode the features carry a
         straight-through gradient from the codes to the encoder."""
+        self._require("decoder")
         pre_quantized, encoder_outputs = self._pre_quantize(pixel_values, scale, **kwargs)
         codes, z = self._quantize(pre_quantized, do_sample, temperature, generator)
         vectors = self.quantizer.lookup(codes)
@@ -472,7 +484,12 @@ class TATokModel(TATokPreTrainedModel):
             attentions=encoder_outputs.attentions,
         )
 
+    def _require(self, half):
+        if not hasattr(self, half):
+            raise ValueError(f"this TA-Tok was loaded without its {half} (has_{half}=False)")
+
     def _pre_quantize(self, pixel_values, scale, **kwargs):
+        self._require("encoder")
         self.config.num_tokens(scale)  # raises for an unsupported scale before any work
         expected = (self.config.encoder_config.num_channels, self.config.image_size, self.config.image_size)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
