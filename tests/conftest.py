@@ -1,10 +1,15 @@
 """Reference data and the repositories converted from it, made once a session."""
 
+import atexit
 import lzma
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
+# Read by the libraries when they are imported. Remote code is cached in a fresh home, so that no run sees another's.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="tar-hf-tests-")
+os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["HF_HOME"], "modules")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -12,19 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
 GOLDEN = Path(__file__).parent / "golden"
 
-torch.set_num_threads(2)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _private_caches(tmp_path_factory):
-    """Remote code is copied into a cache: a fresh one, so that no run sees another's."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
-    patch.setenv("HF_MODULES_CACHE", str(tmp_path_factory.mktemp("hf_modules")))
-    yield
-    patch.undo()
+torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
 
 
 @pytest.fixture(scope="session")
@@ -79,3 +76,32 @@ def ar_detok_repo(golden, tmp_path_factory):
         return made[name]
 
     return convert
+
+
+@pytest.fixture(scope="session")
+def diffusion_detok_repo(golden, ta_tok_repo, tmp_path_factory):
+    """Gives the converted repository of the diffusion de-tokenizer, which holds TA-Tok too or takes features only."""
+    from tar_hf.conversion import convert_diffusion_detok
+
+    made = {}
+
+    def convert(with_ta_tok=False):
+        if with_ta_tok not in made:
+            made[with_ta_tok] = tmp_path_factory.mktemp("diffusion_detok") / "repo"
+            ta_tok = ta_tok_repo() if with_ta_tok else None
+            convert_diffusion_detok(golden / "published" / "sana", made[with_ta_tok], ta_tok=ta_tok)
+        return made[with_ta_tok]
+
+    return convert
+
+
+@pytest.fixture(scope="session")
+def tar_repo(golden, ta_tok_repo, ar_detok_repo, tmp_path_factory) -> Path:
+    """The golden system as one repository: published/llm, ta_tok and ar_dtok_64px."""
+    from tar_hf.conversion import convert_llm
+    from tar_hf.conversion.assemble import assemble
+
+    folder = tmp_path_factory.mktemp("tar")
+    convert_llm(golden / "published" / "llm", folder / "llm")
+    assemble(folder / "repo", folder / "llm", ta_tok_repo(), ar_detok_repo("ar_dtok_64px"))
+    return folder / "repo"

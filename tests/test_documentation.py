@@ -12,11 +12,12 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_readme_runs(ta_tok_repo, ar_detok_repo, golden, tmp_path, monkeypatch):
+def test_readme_runs(tar_repo, ta_tok_repo, ar_detok_repo, tmp_path, monkeypatch):
     """Every Python block in turn, in one namespace, where the README's folders are the converted reference data."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+    (tmp_path / "tar").symlink_to(tar_repo)
     (tmp_path / "ta-tok").symlink_to(ta_tok_repo())
     (tmp_path / "ar-detok").symlink_to(ar_detok_repo())
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(20)}, unk_token="w0"))
@@ -31,6 +32,7 @@ def test_readme_runs(ta_tok_repo, ar_detok_repo, golden, tmp_path, monkeypatch):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert names["codes"].shape == (1, 169) and names["image"].shape == (1, 3, 64, 64)
+    assert names["macaw"].size == names["edited"].size == names["same"].size == (64, 64)
     assert names["ids"].min() >= 25 and names["vocabulary"].codebook_size == 512
 
 

@@ -1,7 +1,7 @@
 """Tar (paper 2506.18898), native to Hugging Face: see the README for what each name is.
 
 The names below load on first use, so that importing the package costs no torch. Importing it is also what makes
-transformers' Auto classes know TA-Tok and AR-DTok.
+transformers' Auto classes know TA-Tok and AR-DTok, and diffusers the diffusion de-tokenizer.
 """
 
 from importlib import import_module
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tar_hf.modeling.modeling_ar_detok import ARDeTokConfig, ARDeTokForCausalLM
     from tar_hf.modeling.modeling_ta_tok import TATokConfig, TATokModel, TATokOutput
     from tar_hf.modeling.visual_vocabulary import VisualVocabulary
+    from tar_hf.pipelines.pipeline_tar import TarPipeline
+    from tar_hf.pipelines.pipeline_tar_diffusion_detok import TarDiffusionDeTokPipeline
 
 _MODULES = {
     "ARDeTokConfig": "tar_hf.modeling.modeling_ar_detok",
@@ -23,6 +25,8 @@ _MODULES = {
     "TATokImageProcessor": "tar_hf.modeling.image_processing_ta_tok",
     "TATokModel": "tar_hf.modeling.modeling_ta_tok",
     "TATokOutput": "tar_hf.modeling.modeling_ta_tok",
+    "TarDiffusionDeTokPipeline": "tar_hf.pipelines.pipeline_tar_diffusion_detok",
+    "TarPipeline": "tar_hf.pipelines.pipeline_tar",
     "VisualVocabulary": "tar_hf.modeling.visual_vocabulary",
 }
 
@@ -33,6 +37,8 @@ __all__ = [
     "TATokImageProcessor",
     "TATokModel",
     "TATokOutput",
+    "TarDiffusionDeTokPipeline",
+    "TarPipeline",
     "VisualVocabulary",
     "__version__",
 ]

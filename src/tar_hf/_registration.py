@@ -1,8 +1,9 @@
-"""Makes transformers' Auto classes know ours once `tar_hf` is imported, without importing torch at that moment.
+"""Makes transformers and diffusers know our classes once `tar_hf` is imported, without importing torch at that moment.
 
 Registering needs the classes, and those need torch and half of transformers: seconds. So `import tar_hf` only arranges
-that the first use of an Auto class imports `tar_hf.modeling`, which registers everything. Whichever of the two packages
-is imported first, the entry points below are wrapped as soon as they exist, and unwrapped at their first call.
+that the first use of an Auto class imports `tar_hf.modeling`, and the first of diffusers' `DiffusionPipeline` imports
+`tar_hf.pipelines.diffusers_index`, which register everything. Whichever of the packages is imported first, the entry
+points below are wrapped as soon as they exist, and unwrapped at their first call.
 """
 
 import functools
@@ -10,10 +11,21 @@ import importlib
 import sys
 from importlib.abc import MetaPathFinder
 
-# AutoModel and its kind read the configuration through AutoConfig first.
+# Module: class, its methods, and the module of ours that registers. AutoModel and its kind read the configuration
+# through AutoConfig first.
 ENTRY_POINTS = {
-    "transformers.models.auto.configuration_auto": ("AutoConfig", ("from_pretrained", "for_model")),
-    "transformers.models.auto.image_processing_auto": ("AutoImageProcessor", ("from_pretrained",)),
+    "transformers.models.auto.configuration_auto": ("AutoConfig", ("from_pretrained", "for_model"), "tar_hf.modeling"),
+    "transformers.models.auto.image_processing_auto": ("AutoImageProcessor", ("from_pretrained",), "tar_hf.modeling"),
+    "transformers.pipelines.base": (
+        "PipelineRegistry",
+        ("check_task", "get_supported_tasks"),
+        "tar_hf.pipelines.pipeline_text_to_image",
+    ),
+    "diffusers.pipelines.pipeline_utils": (
+        "DiffusionPipeline",
+        ("from_pretrained", "download"),
+        "tar_hf.pipelines.diffusers_index",
+    ),
 }
 
 
@@ -26,21 +38,41 @@ def install():
 
 
 def _wrap_entry_points(module):
-    class_name, methods = ENTRY_POINTS[module.__name__]
+    class_name, methods, registering = ENTRY_POINTS[module.__name__]
+    if class_name == "AutoConfig":
+        _serve_task(module.AutoConfig)
     for method in methods:
-        _register_before(getattr(module, class_name), method)
+        _register_before(getattr(module, class_name), method, registering)
 
 
-def _register_before(auto_class, method):
+def _register_before(auto_class, method, registering):
     original = auto_class.__dict__[method]
+    of_class = isinstance(original, classmethod)
 
-    @functools.wraps(original.__func__)
-    def register_and_call(cls, *args, **kwargs):
+    @functools.wraps(original.__func__ if of_class else original)
+    def register_and_call(owner, *args, **kwargs):
         setattr(auto_class, method, original)
-        importlib.import_module("tar_hf.modeling")
-        return getattr(cls, method)(*args, **kwargs)
+        importlib.import_module(registering)
+        return getattr(owner, method)(*args, **kwargs)
 
-    setattr(auto_class, method, classmethod(register_and_call))
+    setattr(auto_class, method, classmethod(register_and_call) if of_class else register_and_call)
+
+
+def _serve_task(auto_config):
+    """Lets `pipeline("text-to-image", model=...)` use the installed class: a repository that also carries the code for
+    those without the package would make the library insist on running that."""
+    original = auto_config.__dict__["from_pretrained"].__func__
+
+    @functools.wraps(original)
+    def from_pretrained(cls, *args, **kwargs):
+        task = kwargs.get("_from_pipeline")  # what `pipeline` calls it with
+        config = original(cls, *args, **kwargs)
+        tasks = getattr(config, "custom_pipelines", None) or {}
+        if tasks.get(task, {}).get("impl") == "pipeline_text_to_image.TextToImagePipeline":
+            config.custom_pipelines = {name: entry for name, entry in tasks.items() if name != task}
+        return config
+
+    auto_config.from_pretrained = classmethod(from_pretrained)
 
 
 class _AutoModuleFinder(MetaPathFinder):

@@ -1,8 +1,9 @@
-"""Every common test that is not run on one of our models although transformers would run it, with the reason.
+"""Every common test that is not run on one of our classes although its library would run it, with the reason.
 
 Tests that transformers itself leaves out, for want of a GPU, of another library or of the feature in question, are not
 here: it gives those reasons, and the step prints them. Its `GenerationTesterMixin` is not run at all, since its source
 distribution lacks the file; the step puts an empty class in its place. `tests/modeling` tests `generate`.
+Of diffusers' pipeline tests we leave none out.
 """
 
 import unittest

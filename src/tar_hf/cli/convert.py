@@ -15,6 +15,9 @@ def add_parser(commands):
     kind.add_argument("--vqvae", type=Path, metavar="VQ.pt", required=True, help="its VQ autoencoder, vq_ds16_t2i.pt")
     kind.add_argument("--num-attention-heads", type=int, metavar="N", help="heads, where the checkpoint does not tell")
 
+    kind = _add_kind(kinds, "diffusion-detok", _diffusion_detok, "the diffusion de-tokenizer's folder, a SanaPipeline")
+    kind.add_argument("--ta-tok", type=Path, metavar="TA_TOK", help="converted TA-Tok, so that it draws from codes too")
+
     _add_kind(kinds, "llm", _llm, "the language model's folder, Qwen2 or llava_qwen")
 
 
@@ -45,6 +48,12 @@ def _ar_detok(arguments):
 
     options = _options(arguments, "vqvae", "num_attention_heads")
     _report(arguments, convert_ar_detok(arguments.source, arguments.output, **options))
+
+
+def _diffusion_detok(arguments):
+    from tar_hf.conversion import convert_diffusion_detok
+
+    _report(arguments, convert_diffusion_detok(arguments.source, arguments.output, **_options(arguments, "ta_tok")))
 
 
 def _llm(arguments):

@@ -1,5 +1,6 @@
 """Puts a source's tensors into a model: each is used or dropped for a reason, and anything else is an error."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -87,7 +88,7 @@ def assign_tensors(
     """
     Gives a model built on the meta device the source's tensors, without copying them.
 
-    The tensors keep the source's dtype. Where it has several, all become float32, which holds them exactly. See
+    The tensors keep the source's dtype. Where it has several, all become the one that holds them exactly. See
     `match_tensors` for the arguments and errors.
     """
     names, report = match_tensors(
@@ -100,8 +101,8 @@ def assign_tensors(
         if not source[origin].is_floating_point():
             raise ConversionError(f"{origin} must hold floating-point weights, got {source[origin].dtype}")
     dtypes = {source[origin].dtype for origin in names.values()}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    if dtypes:
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    if len(dtypes) > 1:
         report.notes.append(f"the source mixes {', '.join(sorted(map(str, dtypes)))}: all became {dtype}")
     tensors = {name: source[origin].to(dtype) for name, origin in names.items()}
     model.load_state_dict(tensors, strict=True, assign=True)

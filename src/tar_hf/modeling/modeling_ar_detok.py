@@ -14,6 +14,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import (
     DynamicCache,
@@ -50,6 +51,7 @@ PRESETS = {
 }
 
 
+@strict
 class ARDeTokConfig(PreTrainedConfig):
     r"""
     Configuration of [`ARDeTokForCausalLM`]. The defaults are the LP preset at 256 px.

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import (
     PreTrainedConfig,
@@ -29,6 +30,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 
+@strict
 class TATokConfig(PreTrainedConfig):
     r"""
     Configuration of [`TATokModel`]. The defaults are the published TA-Tok.

@@ -1,0 +1,61 @@
+"""Puts a language model, a TA-Tok and a de-tokenizer together as one Tar repository."""
+
+import json
+import shutil
+from pathlib import Path
+
+from tar_hf.conversion.checkpoint import ConversionError
+from tar_hf.conversion.folder import read_json
+from tar_hf.conversion.output import new_folder
+from tar_hf.pipelines.pipeline_tar import PARTS_FILE, write_pipeline_code
+
+
+def assemble(output: str | Path, llm: str | Path, ta_tok: str | Path, detokenizer: str | Path):
+    """
+    Copies three converted repositories into one: the language model at the root, `ta_tok/` and `detokenizer/` below.
+
+    Args:
+        output (`str` or `Path`): Folder to make. It must not exist; it appears whole or not at all.
+        llm, ta_tok, detokenizer (`str` or `Path`): Folders that the converters wrote.
+
+    Raises:
+        `ConversionError`: a folder of another kind, or parts that do not fit one another.
+    """
+    llm, ta_tok, detokenizer = Path(llm), Path(ta_tok), Path(detokenizer)
+    language, tokenizer = read_json(llm / "config.json"), read_json(ta_tok / "config.json")
+    if tokenizer.get("model_type") != "ta_tok":
+        raise ConversionError(f"{ta_tok} must hold a TA-Tok, got model_type {tokenizer.get('model_type')!r}")
+    codes = (language.get("visual_vocabulary") or {}).get("codebook_size")
+    if codes != tokenizer["codebook_size"]:
+        raise ConversionError(
+            f"{llm} must have tokens for the {tokenizer['codebook_size']} codes of {ta_tok}, got {codes}"
+        )
+    width, expected = tokenizer["encoder_config"]["hidden_size"], _feature_width(detokenizer)
+    if width != expected:
+        raise ConversionError(f"{detokenizer} draws from features of width {expected}, but {ta_tok} makes {width}")
+    with new_folder(output) as folder:
+        shutil.copytree(llm, folder, dirs_exist_ok=True)
+        shutil.copytree(ta_tok, folder / "ta_tok")
+        _copy_detokenizer(detokenizer, folder / "detokenizer")
+        (folder / PARTS_FILE).write_text(
+            json.dumps({"ta_tok": "ta_tok", "detokenizer": "detokenizer"}, indent=2) + "\n"
+        )
+        write_pipeline_code(folder)
+
+
+def _copy_detokenizer(source: Path, target: Path):
+    """Without the TA-Tok that a diffusion de-tokenizer may hold: weights are stored once, and it gets features here."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("ta_tok"))
+    index = target / "model_index.json"
+    if index.is_file():
+        content = {**read_json(index), "ta_tok": [None, None]}
+        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _feature_width(folder: Path) -> int:
+    if (folder / "model_index.json").is_file():
+        return read_json(folder / "transformer" / "config.json").get("caption_channels")
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "ar_detok":
+        raise ConversionError(f"{folder} must hold a de-tokenizer, got model_type {config.get('model_type')!r}")
+    return config["condition_size"]

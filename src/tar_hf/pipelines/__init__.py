@@ -1,0 +1,1 @@
+"""The pipelines: what a user calls, around the models."""

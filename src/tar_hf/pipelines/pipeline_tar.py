@@ -1,0 +1,789 @@
+"""TarPipeline: the whole system behind one call. Text and images in, text or images out.
+
+Paper 2506.18898. A language model with a visual vocabulary writes the codes of an image or reads them; TA-Tok makes
+codes from pixels and features from codes; a de-tokenizer draws. Parts load when a call first needs them: describing an
+image loads no de-tokenizer, and drawing one no vision encoder.
+"""
+
+import inspect
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from PIL import Image
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.utils import ModelOutput
+
+try:
+    from tar_hf.modeling.modeling_ar_detok import SeededDraw
+    from tar_hf.modeling.visual_vocabulary import CODE, IMAGE_END, IMAGE_START, SCALE, VisualVocabulary
+except ImportError:  # in a Hub repository, where the files stand side by side
+    from .modeling_ar_detok import SeededDraw
+    from .visual_vocabulary import CODE, IMAGE_END, IMAGE_START, SCALE, VisualVocabulary
+
+SYSTEM = "You are a helpful assistant."
+IMAGE = "<image>"
+PARTS_FILE = "tar.json"  # beside config.json: where the parts are, by folder or repo id
+VISUAL_TEXT = re.compile(r"<I\d+>|<im_start>|<im_end>")
+# Settings of a model that do more to the logits than the output layer, so that a slice of that layer is not enough.
+LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+
+Callback = Callable[[str, int, int], object]
+
+
+class Interrupted(RuntimeError):
+    """A callback returned `False`."""
+
+
+@dataclass
+class TarPipelineOutput(ModelOutput):
+    """
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): One for each prompt and repetition, in order.
+        codes (`torch.LongTensor` of shape `(images, N)`): Their codes, 0..K-1.
+        scores (`torch.FloatTensor` of shape `(prompts * num_images_per_prompt, candidates)`, *optional*): With
+            `self_reflect`: how likely the language model calls each candidate a match.
+    """
+
+    images: object = None
+    codes: torch.LongTensor | None = None
+    scores: torch.FloatTensor | None = None
+
+
+class TarPipeline:
+    """
+    Text and images to images or text.
+
+    ```python
+    >>> pipe = TarPipeline.from_pretrained("path/or/repo")
+    >>> pipe("A photo of a macaw", generator=torch.Generator().manual_seed(0)).images[0]
+    >>> pipe.generate_text("Describe the image shortly.", images=image)
+    ```
+
+    Sample i depends on its own generator only; the global random state stays as it is. A callback gets the stage
+    ("encode", "codes", "pixels", "text"), the step and the total; when it returns `False` the call ends with
+    `Interrupted`.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model with visual tokens.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        ta_tok (`TATokModel`, `str` or `Path`, *optional*): The image tokenizer, or where it is.
+        image_processor (`TATokImageProcessor`, *optional*): By default the one that stands with `ta_tok`.
+        detokenizer (*optional*): Anything with `detokenize(features, generator=...)`, or where it is.
+        load_options (`dict`, *optional*): What `from_pretrained` of the parts gets.
+    """
+
+    def __init__(self, model, tokenizer, ta_tok=None, image_processor=None, detokenizer=None, load_options=None):
+        self.model, self.tokenizer = model, tokenizer
+        self.vocabulary = _find_vocabulary(model, tokenizer)
+        self._sources = {"ta_tok": ta_tok, "detokenizer": detokenizer}
+        self._loaded = {"image_processor": image_processor} if image_processor is not None else {}
+        self._load_options = load_options or {}
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        ta_tok=None,
+        detokenizer=None,
+        dtype=None,
+        device_map=None,
+        quantization_config=None,
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool | None = None,
+    ) -> "TarPipeline":
+        """
+        Loads the language model and notes where the other parts are.
+
+        Args:
+            path (`str` or `Path`): Folder or Hub id. Its root is the language model.
+            ta_tok, detokenizer (*optional*): Replace the repo's own: paths, Hub ids or objects.
+            dtype, device_map, attn_implementation (*optional*): For every part.
+            quantization_config (*optional*): For the language model.
+            revision, token, local_files_only, trust_remote_code (*optional*): For every download from `path`.
+        """
+        hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
+        options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+        options = {name: value for name, value in options.items() if value is not None}
+        root = _local_folder(path, ["*"], ["ta_tok/*", "detokenizer/*"], **hub)
+        quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
+        model = AutoModelForCausalLM.from_pretrained(
+            root, trust_remote_code=trust_remote_code, **options, **quantization
+        ).eval()
+        tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=trust_remote_code)
+        options |= {"trust_remote_code": trust_remote_code, "hub": hub}
+        return cls.around(model, tokenizer, path, ta_tok, detokenizer, options)
+
+    @classmethod
+    def around(cls, model, tokenizer, path, ta_tok=None, detokenizer=None, load_options=None) -> "TarPipeline":
+        """A pipeline of a language model that is loaded already, with the parts that its repository `path` names."""
+        hub = (load_options or {}).get("hub", {})
+        notes = _local_folder(path, [PARTS_FILE], [], **hub) / PARTS_FILE
+        parts = json.loads(notes.read_text()) if notes.is_file() else {}
+        sources = {}
+        for name, given in (("ta_tok", ta_tok), ("detokenizer", detokenizer)):
+            noted = parts.get(name, name)
+            if given is None and noted == name:  # a folder of this repository, fetched when it is needed
+                inside = _RepoFolder(path, name, hub)
+                sources[name] = inside if inside.exists() else None
+            else:
+                sources[name] = noted if given is None else given
+        return cls(model, tokenizer, **sources, load_options=load_options)
+
+    def save_pretrained(self, folder: str | Path):
+        """Writes the language model at the root, and the parts that were given as objects or local folders below it."""
+        folder = Path(folder)
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        parts = {}
+        for name, source in self._sources.items():
+            if source is None:
+                continue
+            if isinstance(source, str) and not Path(source).is_dir():
+                parts[name] = source  # a Hub id stays a reference
+                continue
+            parts[name] = name
+            if name == "ta_tok":
+                model = source if isinstance(source, nn.Module) else self._load_ta_tok()
+                model.save_pretrained(folder / name)
+                self.image_processor.save_pretrained(folder / name)
+            else:
+                self.detokenizer.save_pretrained(folder / name)
+        (folder / PARTS_FILE).write_text(json.dumps(parts, indent=2) + "\n")
+        write_pipeline_code(folder)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """Saves and uploads; `kwargs` go to `huggingface_hub.upload_folder`."""
+        import tempfile
+
+        from huggingface_hub import create_repo, upload_folder
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            create_repo(repo_id, exist_ok=True, token=kwargs.get("token"))
+            return upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
+
+    # Parts
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def to(self, *args, **kwargs) -> "TarPipeline":
+        """Moves the language model and the parts that are loaded; later ones follow the language model."""
+        for part in (self.model, *self._loaded.values()):
+            if hasattr(part, "to"):
+                part.to(*args, **kwargs)
+        return self
+
+    def free(self, *names: str):
+        """Forgets loaded parts, all or those named: "encoder", "decoder", "detokenizer". They load again on demand."""
+        for name in names or ("encoder", "decoder", "detokenizer"):
+            if name not in ("encoder", "decoder", "detokenizer"):
+                raise ValueError(f"parts are encoder, decoder and detokenizer, got {name!r}")
+            source = self._sources["detokenizer" if name == "detokenizer" else "ta_tok"]
+            if isinstance(source, str | Path | _RepoFolder):  # an object that was passed in is the caller's
+                self._loaded.pop(name, None)
+
+    @property
+    def encoder(self):
+        """The half of TA-Tok that makes codes from pixels."""
+        return self._ta_tok_half("encoder", "decoder")
+
+    @property
+    def decoder(self):
+        """The half of TA-Tok that makes features from codes."""
+        return self._ta_tok_half("decoder", "encoder")
+
+    @property
+    def image_processor(self):
+        if "image_processor" not in self._loaded:
+            source = self._source("ta_tok", "reading images")
+            if isinstance(source, nn.Module):
+                raise ValueError("ta_tok was passed as a model: pass image_processor= too")
+            options = {"trust_remote_code": self._load_options.get("trust_remote_code")}
+            self._loaded["image_processor"] = AutoImageProcessor.from_pretrained(self._fetch(source), **options)
+        return self._loaded["image_processor"]
+
+    @property
+    def detokenizer(self):
+        """What draws pixels from features."""
+        if "detokenizer" not in self._loaded:
+            source = self._source("detokenizer", "drawing images")
+            if isinstance(source, str | Path | _RepoFolder):
+                self._loaded["detokenizer"] = self._load_detokenizer(self._fetch(source))
+            elif hasattr(source, "detokenize"):
+                self._loaded["detokenizer"] = source
+            else:
+                raise TypeError(f"a de-tokenizer needs a method detokenize(features), got {type(source).__name__}")
+        return self._loaded["detokenizer"]
+
+    def _source(self, name, purpose):
+        source = self._sources[name]
+        if source is None:
+            raise ValueError(f"{purpose} needs {name}, which this repository has not: pass {name}= a folder or a model")
+        return source
+
+    def _fetch(self, source) -> Path:
+        if isinstance(source, _RepoFolder):
+            return source.fetch()
+        return _local_folder(source, ["*"], [], **self._load_options.get("hub", {}))
+
+    def _ta_tok_half(self, half, other):
+        if half not in self._loaded:
+            source = self._source("ta_tok", {"encoder": "reading images", "decoder": "drawing images"}[half])
+            if isinstance(source, nn.Module):
+                self._loaded[half] = source
+            else:
+                self._loaded[half] = self._load_ta_tok(**{f"has_{other}": False})
+                if other in self._loaded:  # the codebook is the largest part of either half
+                    self._loaded[half].quantizer = self._loaded[other].quantizer
+        return self._loaded[half]
+
+    def _load_ta_tok(self, **kwargs):
+        options = {name: value for name, value in self._load_options.items() if name != "hub"}
+        model = AutoModel.from_pretrained(self._fetch(self._sources["ta_tok"]), **options, **kwargs).eval()
+        return model if "device_map" in options else model.to(self.device)
+
+    def _load_detokenizer(self, folder):
+        options = {name: value for name, value in self._load_options.items() if name != "hub"}
+        if (folder / "model_index.json").is_file():
+            from diffusers import DiffusionPipeline
+
+            dtype = {"torch_dtype": options["dtype"]} if "dtype" in options else {}
+            trust = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
+            return DiffusionPipeline.from_pretrained(folder, ta_tok=None, **dtype, **trust).to(self.device)
+        model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+        return model if "device_map" in options else model.to(self.device)
+
+    def _check_detokenizer(self, options):
+        """Refuses a de-tokenizer of another width, and options that it does not know, before anything is drawn."""
+        detokenizer = self.detokenizer
+        width = getattr(detokenizer, "condition_size", None) or getattr(
+            getattr(detokenizer, "config", None), "condition_size", None
+        )
+        if width not in (None, self.decoder.config.hidden_size):
+            raise ValueError(
+                f"the de-tokenizer draws from features of width {width}, but this TA-Tok makes "
+                f"{self.decoder.config.hidden_size}"
+            )
+        if unknown := options.keys() - _known_options(detokenizer):
+            raise TypeError(f"{type(detokenizer).__name__} has no option {min(unknown)}")
+
+    # Images
+
+    @torch.no_grad()
+    def encode(self, images, scale: int = 1, callback: Callback | None = None) -> torch.LongTensor:
+        """
+        Images to codes.
+
+        Args:
+            images: One image, or a list: whatever `TATokImageProcessor` takes.
+            scale (`int`, *optional*, defaults to `1`): 729, 169 or 81 codes an image for 1, 2, 3.
+            callback (*optional*): See the class.
+
+        Returns:
+            `torch.LongTensor` of shape `(images, N)`.
+        """
+        return self._encode(self.image_processor(images, return_tensors="pt").pixel_values, scale, callback)
+
+    @torch.no_grad()
+    def _encode(self, pixels, scale, callback):
+        codes = []
+        for i, image in enumerate(pixels.split(1), 1):  # one at a time: a batch is no faster and needs its memory
+            codes.append(self.encoder.encode(image.to(self.encoder.device), scale=scale))
+            _report(callback, "encode", i, len(pixels))
+        return torch.cat(codes)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        codes: torch.LongTensor,
+        guidance_scale: float = 4.0,
+        generator=None,
+        output_type: str = "pil",
+        callback: Callback | None = None,
+        **kwargs,
+    ):
+        """
+        Codes to images.
+
+        Args:
+            codes (`torch.LongTensor` of shape `(images, N)`): Codes 0..K-1 of one scale.
+            guidance_scale (`float`, *optional*, defaults to `4.0`): Of the de-tokenizer; 1 turns guidance off.
+            generator (`torch.Generator` or one for each image, *optional*): Source of the draws.
+            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"` (images, H, W, 3) or `"pt"`
+                (images, 3, H, W), the last two in 0..1.
+            callback (*optional*): See the class.
+            kwargs: Further options of the de-tokenizer.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+        generators = _generators(generator, len(codes))
+        detokenizer = self.detokenizer
+        self._check_detokenizer(kwargs)
+        features = self.decoder.decode(codes.to(self.decoder.device))
+        pixels = detokenizer.detokenize(
+            features,
+            generator=generators,
+            guidance_scale=guidance_scale,
+            **_watch_pixels(detokenizer, callback),
+            **kwargs,
+        )
+        pixels = pixels.float().cpu()
+        if output_type == "pt":
+            return pixels
+        arrays = pixels.permute(0, 2, 3, 1).numpy()
+        # Truncated, not rounded, as in the original.
+        return arrays if output_type == "np" else [Image.fromarray((array * 255).astype("uint8")) for array in arrays]
+
+    def reconstruct(self, image, scale: int = 1, callback: Callback | None = None, **kwargs):
+        """Image to codes to image; a list gives a list. `kwargs` are those of `decode`."""
+        codes = self.encode(image, scale=scale, callback=callback)
+        images = self.decode(codes, callback=callback, **kwargs)
+        return images if isinstance(image, list | tuple) else images[0]
+
+    # Drawing
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        images=None,
+        scale: int = 1,
+        image_scale: int = 1,
+        num_images_per_prompt: int = 1,
+        do_sample: bool = True,
+        temperature: float = 1.0,
+        top_p: float = 0.95,
+        top_k: int = 1200,
+        guidance_scale: float = 4.0,
+        self_reflect: int | None = None,
+        generator=None,
+        output_type: str = "pil",
+        callback: Callback | None = None,
+        **kwargs,
+    ) -> TarPipelineOutput:
+        """
+        Draws images from text, or from text and images.
+
+        Args:
+            prompt (`str` or `list[str]`): What to draw. `<image>` marks where an image goes.
+            images (*optional*): For one prompt an image or a list; for a list of prompts a list with an image, a list
+                or `None` for each. Without marks they come first.
+            scale (`int`, *optional*, defaults to `1`): Of the drawn images: 729, 169 or 81 codes for 1, 2, 3.
+            image_scale (`int`, *optional*, defaults to `1`): Of the images in the prompt.
+            num_images_per_prompt (`int`, *optional*, defaults to `1`): Images for each prompt.
+            do_sample, temperature, top_p, top_k: How the language model draws codes. `top_k=0` is no limit.
+            guidance_scale (`float`, *optional*, defaults to `4.0`): Of the de-tokenizer.
+            self_reflect (`int`, *optional*): Draws so many candidates for each image, lets the language model judge
+                them by their codes, and only turns the best into pixels: the paper's self-reflection.
+            generator (`torch.Generator` or a list with one for each image, *optional*): Source of all draws.
+            output_type, callback, kwargs: As in `decode`.
+
+        Returns:
+            `TarPipelineOutput`.
+        """
+        prompts, images, _ = _as_lists(prompt, images)
+        _check_counts(prompts, images)
+        for name, value in (("num_images_per_prompt", num_images_per_prompt), ("self_reflect", self_reflect or 1)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        self.vocabulary.scale_id(scale)
+        generators = _generators(generator, len(prompts) * num_images_per_prompt)
+        self._source("detokenizer", "drawing images")
+        self._source("ta_tok", "drawing images")
+        tokens = self.decoder.config.num_tokens(scale)
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+        self._check_detokenizer(kwargs)
+
+        rows = [
+            self._prompt_ids(_user(text), codes, drawing=scale)
+            for text, codes in zip(prompts, self._read(images, image_scale, callback), strict=True)
+        ]
+        candidates = self_reflect or 1
+        uniform = torch.stack([torch.rand(candidates, tokens, generator=g, device=g.device).cpu() for g in generators])
+        options = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+        codes = self._draw_codes(rows, uniform.flatten(0, 1), callback=callback, **options)
+        scores = None
+        if self_reflect is not None:
+            scores = self._judge([p for p in prompts for _ in range(num_images_per_prompt)], codes, candidates)
+            best = scores.argmax(-1) + torch.arange(len(scores)) * candidates
+            codes = codes[best]
+        options = {"output_type": output_type, "callback": callback, **kwargs}
+        drawn = self.decode(codes, guidance_scale=guidance_scale, generator=generators, **options)
+        return TarPipelineOutput(images=drawn, codes=codes, scores=scores)
+
+    @torch.no_grad()
+    def _draw_codes(self, rows, uniform, do_sample, temperature, top_p, top_k, callback=None):
+        """Prompts as token ids, and one uniform number a code (images, N) -> codes (images, N).
+
+        Each prompt is read once, however many images it gets. Only the visual rows of the output layer are computed, so
+        that every token is a code, and exactly N come.
+        """
+        copies, tokens = len(uniform) // len(rows), uniform.shape[1]
+        warpers = LogitsProcessorList()
+        if do_sample:
+            warpers.append(TemperatureLogitsWarper(temperature))
+            if top_k:
+                warpers.append(TopKLogitsWarper(top_k))
+            if top_p < 1:
+                warpers.append(TopPLogitsWarper(top_p))
+            warpers.append(SeededDraw(uniform.to(self.device)))
+        ids, mask = self._pad(rows)
+        cache = DynamicCache(config=self.model.config)
+        logits = self._visual_logits(ids, mask, cache).repeat_interleave(copies, 0)
+        mask = mask.repeat_interleave(copies, 0)
+        if copies > 1:
+            cache.batch_repeat_interleave(copies)
+        codes = torch.empty(len(uniform), 0, dtype=torch.long, device=self.device)
+        for step in range(1, tokens + 1):
+            drawn = warpers(codes, logits).argmax(-1, keepdim=True)
+            codes = torch.cat([codes, drawn], 1)
+            _report(callback, "codes", step, tokens)
+            if step < tokens:
+                mask = F.pad(mask, (0, 1), value=1)
+                logits = self._visual_logits(drawn + self.vocabulary.first_code_id, mask, cache)
+        return codes.cpu()
+
+    def _visual_logits(self, ids, mask, cache):
+        """Logits (B, K) of the codes that may come next, in float32."""
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        head, config = self.model.get_output_embeddings(), self.model.config
+        first, last = self.vocabulary.first_code_id, self.vocabulary.vocab_size
+        if type(head) is not nn.Linear or any(getattr(config, name, None) for name in LOGIT_SETTINGS):
+            outputs = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return outputs.logits[:, -1, first:last].float()
+        hidden = self.model.get_decoder()(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        bias = None if head.bias is None else head.bias[first:last]
+        return F.linear(hidden, head.weight[first:last], bias).float()
+
+    def _judge(self, prompts, codes, candidates):
+        """How likely the model says yes rather than no to each candidate: (images, candidates)."""
+        answers = [self._single_ids(words) for words in (("yes", "Yes"), ("no", "No"))]
+        scores = []
+        for i, row in enumerate(codes):
+            question = f"{IMAGE}\nDoes this image match the description: {prompts[i // candidates]}? Answer yes or no."
+            ids, mask = self._pad([self._prompt_ids(_user(question), [row])])
+            logits = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1).logits[0, -1].float()
+            yes, no = (logits[list(ids)].logsumexp(-1) for ids in answers)
+            scores.append((yes - no).sigmoid())
+        return torch.stack(scores).view(-1, candidates).cpu()
+
+    def _single_ids(self, words):
+        """First tokens of the words, which differ from tokenizer to tokenizer."""
+        return {self.tokenizer(word, add_special_tokens=False).input_ids[0] for word in words}
+
+    # Understanding
+
+    def generate_text(
+        self,
+        prompt: str | list[str],
+        images=None,
+        scale: int = 1,
+        max_new_tokens: int = 256,
+        do_sample: bool = False,
+        generator=None,
+        callback: Callback | None = None,
+        **kwargs,
+    ) -> str | list[str]:
+        """
+        Text from text, or from images and text.
+
+        Args:
+            prompt (`str` or `list[str]`): A question or instruction. `<image>` marks where an image goes.
+            images (*optional*): As in `__call__`.
+            scale (`int`, *optional*, defaults to `1`): Of the images in the prompt.
+            max_new_tokens (`int`, *optional*, defaults to `256`): Longest answer in tokens.
+            do_sample (`bool`, *optional*, defaults to `False`): Sampling instead of the likeliest token.
+            generator (`torch.Generator` or a list with one for each prompt, *optional*): Source of the draws.
+            callback (*optional*): See the class.
+            kwargs: Further options of the language model's `generate`.
+
+        Returns:
+            `str`, or `list[str]` for a list.
+        """
+        prompts, images, single = _as_lists(prompt, images)
+        _check_counts(prompts, images)
+        rows = [
+            self._prompt_ids(_user(text), codes)
+            for text, codes in zip(prompts, self._read(images, scale, callback), strict=True)
+        ]
+        texts = self._write(rows, max_new_tokens, do_sample, generator, callback, **kwargs)
+        return texts[0] if single else texts
+
+    def chat(self, messages: list[dict], scale: int = 1, **kwargs) -> str:
+        """
+        The next answer of a conversation.
+
+        Args:
+            messages (`list[dict]`): `{"role", "content"}`, where the content is text or a list of parts
+                `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`. Images may stand in user turns
+                and, drawn earlier, in assistant turns.
+            scale (`int`, *optional*, defaults to `1`): Of the images in the conversation.
+            kwargs: As in `generate_text`.
+        """
+        turns, given = [], []
+        for message in messages:
+            content, role = message["content"], message["role"]
+            if isinstance(content, str):
+                if IMAGE in content:
+                    raise ValueError('in chat an image is a part {"type": "image", "image": ...}, not the mark <image>')
+                turns.append((role, content))
+                continue
+            text = ""
+            for part in content:
+                if part["type"] == "image":
+                    given.append(part["image"])
+                    text += IMAGE if role == "assistant" else f"{IMAGE}\n"
+                elif part["type"] == "text":
+                    text += part["text"]
+                else:
+                    raise ValueError(f"a part of a message is text or image, got {part['type']!r}")
+            turns.append((role, text))
+        if not turns or turns[-1][0] == "assistant":
+            raise ValueError("the last message must be the user's")
+        if turns[0][0] != "system":
+            turns.insert(0, ("system", SYSTEM))
+        callback = kwargs.pop("callback", None)
+        row = self._prompt_ids(turns, self._read([given], scale, callback)[0], image_scale=scale)
+        options = {"max_new_tokens": 256, "do_sample": False, "generator": None, **kwargs}
+        return self._write([row], callback=callback, **options)[0]
+
+    @torch.no_grad()
+    def _write(self, rows, max_new_tokens, do_sample, generator, callback, **kwargs):
+        ids, mask = self._pad(rows)
+        if not do_sample and generator is not None:
+            raise ValueError("generator only applies when text is sampled: pass do_sample=True")
+        generators = _generators(generator, len(rows)) if do_sample else None
+
+        def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **options):
+            # As in ARDeTokForCausalLM.generate: the last processor draws, so that the global generator stays untouched.
+            if do_sample:
+                uniform = [torch.rand(max_new_tokens, generator=g, device=g.device).cpu() for g in generators]
+                past = torch.zeros(len(rows), input_ids.shape[1])
+                logits_processor.append(SeededDraw(torch.cat([past, torch.stack(uniform)], 1).to(input_ids.device)))
+                generation_config.do_sample = False
+            stopping_criteria.append(_Watch(callback, input_ids.shape[1], max_new_tokens))
+            return GenerationMixin._sample(
+                model,
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                **options,
+            )
+
+        sequences = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            custom_generate=decode,
+            **kwargs,
+        )
+        return self.tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
+
+    # Prompts
+
+    def _read(self, images, scale, callback):
+        """The images of each prompt as a list of codes (N,). All are opened before the first is encoded."""
+        opened = [self.image_processor(given, return_tensors="pt").pixel_values if given else None for given in images]
+        return [[] if pixels is None else list(self._encode(pixels, scale, callback)) for pixels in opened]
+
+    def _prompt_ids(self, turns, codes, drawing=None, image_scale=1):
+        """Token ids of a conversation `[(role, text)]` whose k-th `<image>` is `codes[k]`.
+
+        With `drawing=s` the assistant's turn is opened as far as `<im_start><S{s-1}>`. Images of the user come without
+        tags, those of the assistant with them.
+        """
+        messages = []
+        for role, text in turns:
+            if VISUAL_TEXT.search(text):
+                raise ValueError(
+                    f"a prompt must not spell visual tokens such as {VISUAL_TEXT.search(text)[0]}: pass images"
+                )
+            stand_in = CODE.format(0)
+            if role == "assistant":
+                stand_in = f"{IMAGE_START}{SCALE.format(image_scale - 1)}{stand_in}{IMAGE_END}"
+            messages.append({"role": role, "content": text.replace(IMAGE, stand_in)})
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if drawing is not None:
+            text += IMAGE_START + SCALE.format(drawing - 1)
+        ids = []
+        remaining = iter(codes)
+        for token in self.tokenizer(text).input_ids:
+            if token == self.vocabulary.first_code_id:  # one code stands in for all of an image's
+                ids += self.vocabulary.codes_to_ids(next(remaining)).tolist()
+            else:
+                ids.append(token)
+        return ids
+
+    def _pad(self, rows):
+        """Rows of token ids, padded on the left, and their mask."""
+        length = max(map(len, rows))
+        padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        ids = torch.tensor([[padding] * (length - len(row)) + row for row in rows], device=self.device)
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        return ids, mask
+
+
+def write_pipeline_code(folder: Path):
+    """Lets a repository serve `pipeline("text-to-image", model=..., trust_remote_code=True)` without this package: the
+    code goes beside config.json, which gets an entry for the task."""
+    for module in (SeededDraw.__module__, VisualVocabulary.__module__, __name__):
+        shutil.copyfile(sys.modules[module].__file__, folder / f"{module.rpartition('.')[2]}.py")
+    shutil.copyfile(Path(__file__).with_name("pipeline_text_to_image.py"), folder / "pipeline_text_to_image.py")
+    config = json.loads((folder / "config.json").read_text())
+    implementation = "pipeline_text_to_image.TextToImagePipeline"
+    config["custom_pipelines"] = {
+        "text-to-image": {"impl": implementation, "pt": ["AutoModelForCausalLM"], "type": "text"}
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+class _Watch(StoppingCriteria):
+    """Reports every step of a library's loop to a callback; never stops it but by the callback's wish."""
+
+    def __init__(self, callback, start, total, stage="text"):
+        self.callback, self.start, self.total, self.stage = callback, start, total, stage
+
+    def __call__(self, input_ids, scores, **kwargs):
+        _report(self.callback, self.stage, input_ids.shape[1] - self.start, self.total)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@dataclass(frozen=True)
+class _RepoFolder:
+    """A folder of a repository that is fetched when it is needed."""
+
+    repo: str | Path
+    name: str
+    hub: dict
+
+    def exists(self) -> bool:
+        return not Path(self.repo).is_dir() or (Path(self.repo) / self.name).is_dir()
+
+    def fetch(self) -> Path:
+        folder = _local_folder(self.repo, [f"{self.name}/*"], [], **self.hub) / self.name
+        if not folder.is_dir():
+            raise ValueError(f"{self.repo} has no folder {self.name}: pass {self.name}= a folder or a model")
+        return folder
+
+
+def _local_folder(path, allow, ignore, **hub) -> Path:
+    """A local folder as it is, or the snapshot of a Hub repository."""
+    if Path(path).is_dir():
+        return Path(path)
+    return Path(snapshot_download(str(path), allow_patterns=allow, ignore_patterns=ignore, **hub))
+
+
+def _find_vocabulary(model, tokenizer) -> VisualVocabulary:
+    vocabulary = VisualVocabulary.from_tokenizer(tokenizer)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < vocabulary.vocab_size:
+        raise ValueError(f"the tokenizer's codes end at id {vocabulary.vocab_size - 1}, but the model has {rows} rows")
+    return vocabulary
+
+
+def _user(text):
+    return [("system", SYSTEM), ("user", text)]
+
+
+def _as_lists(prompt, images):
+    """Prompts, a list of images for each with its marks in place, and whether one prompt was given."""
+    single = isinstance(prompt, str)
+    prompts = [prompt] if single else list(prompt)
+    if not prompts:
+        raise ValueError("expected at least one prompt, got none")
+    if images is None:
+        images = [None] * len(prompts)
+    elif single:
+        images = [images]
+    if len(images) != len(prompts):
+        raise ValueError(f"expected images for each of {len(prompts)} prompts, got {len(images)}")
+    images = [[] if given is None else list(given) if isinstance(given, list | tuple) else [given] for given in images]
+    marked = [
+        text if IMAGE in text else f"{IMAGE}\n" * len(given) + text for text, given in zip(prompts, images, strict=True)
+    ]
+    for text in prompts:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"a prompt must be text that is not empty, got {text!r}")
+    return marked, images, single
+
+
+def _check_counts(prompts, images):
+    for text, given in zip(prompts, images, strict=True):
+        if text.count(IMAGE) != len(given):
+            raise ValueError(f"the prompt has {text.count(IMAGE)} <image> marks, but {len(given)} images came with it")
+
+
+def _generators(generator, count) -> list[torch.Generator]:
+    """One generator for each sample. A single one seeds them where there are several; none means fresh entropy."""
+    if isinstance(generator, list | tuple):
+        if len(generator) != count:
+            raise ValueError(f"expected one generator for each of {count} samples, got {len(generator)}")
+        return list(generator)
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    if count == 1:
+        return [generator]
+    seeds = torch.randint(2**62, (count,), generator=generator, device=generator.device).tolist()
+    return [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
+
+
+def _report(callback, stage, step, total):
+    if callback is not None and callback(stage, step, total) is False:
+        raise Interrupted(f"interrupted at {stage} {step} of {total}")
+
+
+def _known_options(detokenizer):
+    if isinstance(detokenizer, GenerationMixin):
+        known = GenerationConfig().to_dict().keys() | inspect.signature(detokenizer.generate).parameters.keys()
+        return known | inspect.signature(GenerationMixin.generate).parameters.keys()
+    method = detokenizer.__call__ if callable(detokenizer) else detokenizer.detokenize
+    return inspect.signature(method).parameters.keys()
+
+
+def _watch_pixels(detokenizer, callback):
+    """How the de-tokenizer of either kind is made to report its steps."""
+    if callback is None:
+        return {}
+    if isinstance(detokenizer, GenerationMixin):
+        return {"stopping_criteria": [_Watch(callback, 0, detokenizer.config.num_image_tokens, "pixels")]}
+
+    def report(pipe, step, timestep, tensors):
+        _report(callback, "pixels", step + 1, pipe.num_timesteps)
+        return tensors
+
+    return {"callback_on_step_end": report}

@@ -1,0 +1,223 @@
+"""The diffusion de-tokenizer's repository: loaded, saved and loaded again, with the package and without it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from hub_server import Commit, Repo, hub_server
+from tar_hf import TarDiffusionDeTokPipeline
+
+pytestmark = pytest.mark.slow
+
+COMMON = """
+import json, sys
+from pathlib import Path
+
+FOLDERS = json.loads(sys.argv[1])
+images, facts = {}, {}
+
+def use(name, pipeline_class=None, **options):
+    import torch
+    from diffusers import DiffusionPipeline
+    from safetensors.torch import load_file
+
+    pipe = (pipeline_class or DiffusionPipeline).from_pretrained(FOLDERS[name], **options)
+    pipe.set_progress_bar_config(disable=True)
+    images[name] = pipe(
+        codes=load_file(sys.argv[3])["codes"],
+        num_inference_steps=4,
+        guidance_scale=4,
+        generator=torch.Generator().manual_seed(42),
+        output_type="pt",
+    ).images.contiguous()
+    facts[name] = sorted({type(part).__module__ for part in [pipe, *pipe.components.values()]})
+    return pipe
+
+def finish():
+    from safetensors.torch import save_file
+
+    save_file(images, sys.argv[2])
+    Path(sys.argv[2]).with_suffix(".json").write_text(json.dumps(facts))
+"""
+
+WITHOUT_PACKAGE = """
+sys.modules["tar_hf"] = None
+from diffusers import DiffusionPipeline
+
+try:
+    DiffusionPipeline.from_pretrained(FOLDERS["converted"])
+except ValueError as error:
+    facts["refused"] = str(error)
+assert not any(name.startswith("diffusers_modules.") for name in sys.modules), "nothing of it may have run"
+pipe = use("converted", trust_remote_code=True)
+pipe.save_pretrained(FOLDERS["from_remote"])
+use("from_remote", trust_remote_code=True).save_pretrained(FOLDERS["from_remote"])  # over itself
+use("from_remote", trust_remote_code=True)
+finish()
+"""
+
+# tar_hf first, and first of all the pipeline's own class.
+WITH_PACKAGE = """
+import tar_hf
+assert "torch" not in sys.modules and "diffusers" not in sys.modules
+use("from_remote", tar_hf.TarDiffusionDeTokPipeline)
+pipe = use("converted")
+assert type(pipe) is tar_hf.TarDiffusionDeTokPipeline
+assert type(use("converted", trust_remote_code=True)) is tar_hf.TarDiffusionDeTokPipeline, "the package goes first"
+pipe.save_pretrained(FOLDERS["from_package"])
+use("from_package")
+finish()
+"""
+
+# diffusers first, and what the package saved without the package.
+DIFFUSERS_FIRST = """
+from diffusers import DiffusionPipeline
+import tar_hf
+assert "tar_hf.pipelines" not in sys.modules
+use("converted")
+finish()
+"""
+
+WITHOUT_PACKAGE_AGAIN = """
+sys.modules["tar_hf"] = None
+use("from_package", trust_remote_code=True)
+finish()
+"""
+
+PACKAGE = [
+    "tar_hf.modeling.modeling_negative_condition",
+    "tar_hf.modeling.modeling_ta_tok",
+    "tar_hf.pipelines.pipeline_tar_diffusion_detok",
+]
+REMOTE = [f"diffusers_modules.local.{name.rpartition('.')[2]}" for name in PACKAGE]
+
+
+@pytest.fixture(scope="module")
+def ran(diffusion_detok_repo, expected, tmp_path_factory):
+    """Runs the processes in order; gives the images and facts of each, and the folders."""
+    root = tmp_path_factory.mktemp("diffusion_repos")
+    folders = {name: root / name for name in ("converted", "from_remote", "from_package")}
+    folders["converted"].symlink_to(diffusion_detok_repo(with_ta_tok=True))
+    save_file({"codes": expected("published/ta_tok")["codes_scale1"][:1].clone()}, root / "inputs.safetensors")
+    results = {}
+    for name, script in (
+        ("without", WITHOUT_PACKAGE),
+        ("with", WITH_PACKAGE),
+        ("diffusers first", DIFFUSERS_FIRST),
+        ("without again", WITHOUT_PACKAGE_AGAIN),
+    ):
+        caches = {"HF_HOME": str(root / name / "home"), "HF_MODULES_CACHE": str(root / name / "modules")}
+        output = root / f"{name}.safetensors"
+        arguments = [json.dumps({key: str(folder) for key, folder in folders.items()}), output]
+        process = subprocess.run(
+            [sys.executable, "-c", COMMON + script, *arguments, root / "inputs.safetensors"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            cwd=root,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"} | caches,
+        )
+        assert process.returncode == 0, process.stderr
+        results[name] = load_file(output), json.loads(output.with_suffix(".json").read_text())
+    return results, folders
+
+
+@pytest.mark.parametrize(
+    ("process", "folder", "modules"),
+    [
+        ("without", "converted", REMOTE),
+        ("without", "from_remote", REMOTE),
+        ("with", "converted", PACKAGE),
+        ("with", "from_remote", PACKAGE),
+        ("with", "from_package", PACKAGE),
+        ("diffusers first", "converted", PACKAGE),
+        ("without again", "from_package", REMOTE),
+    ],
+)
+def test_golden_image_whichever_way(ran, expected, process, folder, modules):
+    images, facts = ran[0][process]
+    golden = expected("published/sana")["image_scale1_guidance4"]
+    torch.testing.assert_close(images[folder], golden, rtol=0, atol=1e-4)
+    assert [name for name in facts[folder] if not name.startswith("diffusers.")] == modules
+
+
+@pytest.mark.parametrize(("script", "modules"), [("import tar_hf", PACKAGE), ("sys.modules['tar_hf'] = None", REMOTE)])
+def test_from_the_hub(diffusion_detok_repo, expected, tmp_path, script, modules):
+    """diffusers looks at the files' names before it downloads them, so this is a way of its own."""
+    repo = diffusion_detok_repo(with_ta_tok=True)
+    save_file({"codes": expected("published/ta_tok")["codes_scale1"][:1].clone()}, tmp_path / "inputs.safetensors")
+    trust = "trust_remote_code=True" if modules is REMOTE else ""
+    output = tmp_path / "output.safetensors"
+    with hub_server() as server:
+        server.repos["user/detok"] = Repo(private=False)
+        files = {str(path.relative_to(repo)): path.read_bytes() for path in repo.rglob("*") if path.is_file()}
+        server.repos["user/detok"].add("main", Commit(files, "first"))
+        process = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                f"{COMMON}\n{script}\nuse('hub', {trust})\nfinish()",
+                '{"hub": "user/detok"}',
+                output,
+                tmp_path / "inputs.safetensors",
+            ],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=server.environment(tmp_path / "home"),
+        )
+    assert process.returncode == 0, process.stderr
+    golden = expected("published/sana")["image_scale1_guidance4"]
+    torch.testing.assert_close(load_file(output)["hub"], golden, rtol=0, atol=1e-4)
+    facts = json.loads(output.with_suffix(".json").read_text())
+    assert [name for name in facts["hub"] if not name.startswith("diffusers.")] == modules
+
+
+def test_without_the_package_the_flag_decides(ran):
+    assert "trust_remote_code=True" in ran[0]["without"][1]["refused"]
+
+
+@pytest.mark.parametrize("saved", ["from_remote", "from_package"])
+def test_saving_again_keeps_code_and_weights(ran, saved):
+    def files(folder):
+        return {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+
+    converted, again = files(ran[1]["converted"].resolve()), files(ran[1][saved])
+    # Not parts of a pipeline: the card, and what only TA-Tok's own repository needs.
+    for name in ("README.md", "ta_tok/preprocessor_config.json", "ta_tok/image_processing_ta_tok.py"):
+        del converted[name]
+    assert again.keys() == converted.keys()
+    for name, path in converted.items():
+        if name.endswith((".py", "model_index.json")):
+            assert again[name].read_bytes() == path.read_bytes(), name
+        elif name.endswith(".safetensors"):
+            before, after = load_file(path), load_file(again[name])
+            assert before.keys() == after.keys() and all(before[key].equal(after[key]) for key in before), name
+
+
+def test_other_pipelines_load_as_ever(tmp_path):
+    blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}
+    unet = UNet2DModel(8, layers_per_block=1, norm_num_groups=4, **blocks)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
+    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is DDPMPipeline
+    config, unused = DiffusionPipeline.load_config(tmp_path, return_unused_kwargs=True, something=1)
+    assert config["unet"] == ["diffusers", "UNet2DModel"] and unused == {"something": 1}
+
+
+def test_code_of_others_still_needs_the_flag(diffusion_detok_repo, tmp_path):
+    """An index of ours that names another file for a part does not run that file."""
+    TarDiffusionDeTokPipeline.from_pretrained(diffusion_detok_repo()).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["vae"] = ["modeling_other", "Other"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "vae" / "modeling_other.py").write_text("raise SystemExit('ran')")
+    (tmp_path / "pipeline_tar_diffusion_detok.py").write_text("raise SystemExit('ran')")
+    for pipeline_class in (DiffusionPipeline, TarDiffusionDeTokPipeline):
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            pipeline_class.from_pretrained(tmp_path)

@@ -1,0 +1,277 @@
+"""TarPipeline on the golden system: published/llm with ta_tok and ar_dtok_64px, against end_to_end_expected."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tar_hf.conversion import convert_llm
+from tar_hf.conversion.assemble import assemble
+from tar_hf.pipelines.pipeline_tar import Interrupted, TarPipeline, _user
+
+
+@pytest.fixture(scope="module")
+def pipe(tar_repo):
+    return TarPipeline.from_pretrained(tar_repo)
+
+
+@pytest.fixture(scope="module")
+def llm_expected(golden):
+    folder = golden / "published"
+    return json.loads((folder / "llm_expected.json").read_text()), load_file(folder / "llm_expected.safetensors")
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return Image.effect_noise((60, 40), 60).convert("RGB")
+
+
+def seeds(*values):
+    return [torch.Generator().manual_seed(value) for value in values]
+
+
+# Golden: llm_expected, end_to_end_expected
+
+
+@torch.no_grad()
+def test_golden_end_to_end(pipe, llm_expected, golden):
+    facts, tensors = llm_expected
+    expected = load_file(golden / "published" / "end_to_end_expected.safetensors")
+    for k, case in enumerate(facts["t2i"]):
+        scale, codes = case["scale"] + 1, tensors[f"t2i{k}_codes"]
+        assert pipe._prompt_ids(_user(case["prompt"]), [], drawing=scale) == tensors[f"t2i{k}_input_ids"][0].tolist()
+        output = pipe(case["prompt"], scale=scale, do_sample=False, output_type="pt", num_images_per_prompt=2)
+        assert torch.equal(output.codes, codes.expand(2, -1))
+        features = pipe.decoder.decode(codes)
+        torch.testing.assert_close(features, expected[f"t2i{k}_features"], atol=1e-4, rtol=0)
+        vq_ids = pipe.detokenizer.generate(features, do_sample=False)
+        assert torch.equal(vq_ids, expected[f"t2i{k}_vq_ids"].long())
+        image = torch.tensor(pipe.decode(codes, output_type="np", do_sample=False) * 255).to(torch.uint8).int()
+        assert (image - expected[f"t2i{k}_image_uint8"].int()).abs().max() <= 1
+
+
+@torch.no_grad()
+def test_golden_understanding_prompts(pipe, llm_expected, expected):
+    facts, tensors = llm_expected
+    codes = expected("published/ta_tok")
+    for k, case in enumerate(facts["i2t"]):
+        row = codes[f"codes_scale{case['scale'] + 1}"][0]
+        ids = pipe._prompt_ids(_user(f"<image>\n{case['question']}"), [row])
+        assert ids == tensors[f"i2t{k}_input_ids"][0].tolist()
+        logits = pipe.model(torch.tensor([ids])).logits[:, -1]
+        torch.testing.assert_close(logits, tensors[f"i2t{k}_last_logits"], atol=1e-4, rtol=0)
+
+
+# Seeds
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 0, "top_p": 1.0}, {"temperature": 0.5, "top_p": 0.8}])
+def test_image_depends_on_its_own_generator_only(pipe, options):
+    prompts = ["a red circle", "A photo of a macaw", "a cat", "three small dogs on a long white boat"]
+    state = torch.get_rng_state()
+    options = {"scale": 3, "output_type": "pt", **options}
+    batch = pipe(prompts, generator=seeds(1, 2, 3, 4), **options)
+    for i, prompt in enumerate(prompts):
+        alone = pipe(prompt, generator=seeds(i + 1), **options)
+        assert torch.equal(alone.codes[0], batch.codes[i])
+        torch.testing.assert_close(alone.images[0], batch.images[i], atol=1e-5, rtol=0)
+    order = [3, 1, 0, 2]
+    swapped = pipe([prompts[i] for i in order], generator=seeds(*(i + 1 for i in order)), **options)
+    assert torch.equal(swapped.codes, batch.codes[order])
+    assert torch.equal(state, torch.get_rng_state())
+    several = pipe(prompts[0], num_images_per_prompt=3, generator=seeds(1, 5, 6), **options)
+    assert torch.equal(several.codes[0], batch.codes[0]) and len(several.codes.unique(dim=0)) == 3
+
+
+def test_one_generator_and_none(pipe):
+    options = {"scale": 3, "num_images_per_prompt": 2}
+    first, second = (pipe("a cat", generator=seeds(0)[0], **options).codes for _ in range(2))
+    assert torch.equal(first, second) and not torch.equal(first[0], first[1])
+    assert not torch.equal(pipe("a cat", scale=3).codes, pipe("a cat", scale=3).codes)
+
+
+# Parts
+
+
+def test_parts_load_when_they_are_needed(tar_repo, picture):
+    pipe = TarPipeline.from_pretrained(tar_repo)
+    assert not pipe._loaded
+    pipe.generate_text("What is it?", images=picture, scale=3, max_new_tokens=3)
+    assert set(pipe._loaded) == {"image_processor", "encoder"}
+    assert not hasattr(pipe.encoder, "decoder")
+    pipe.free()
+    pipe("a cat", scale=3)
+    assert set(pipe._loaded) == {"image_processor", "decoder", "detokenizer"}
+    assert not hasattr(pipe.decoder, "encoder")
+    pipe.reconstruct(picture, scale=3)
+    assert pipe.encoder.quantizer is pipe.decoder.quantizer  # the codebook is in memory once
+    pipe.free("detokenizer")
+    assert "detokenizer" not in pipe._loaded
+
+
+def test_parts_can_be_passed_in_and_replaced(tar_repo, ta_tok_repo, ar_detok_repo, picture):
+    larger = TarPipeline.from_pretrained(tar_repo, detokenizer=ar_detok_repo("ar_dtok_128px"))
+    assert larger("a cat", scale=3).images[0].size == (128, 128)
+    small = TarPipeline.from_pretrained(tar_repo)
+    shared = TarPipeline(small.model, small.tokenizer, str(ta_tok_repo()), detokenizer=larger.detokenizer)
+    assert shared.reconstruct(picture, scale=3).size == (128, 128)
+    shared.free()
+    assert larger.detokenizer is shared.detokenizer
+
+
+def test_diffusion_detokenizer(tar_repo, ta_tok_repo, diffusion_detok_repo, golden, tmp_path):
+    convert_llm(golden / "published" / "llm", tmp_path / "llm")
+    detokenizer = diffusion_detok_repo(with_ta_tok=True)
+    assemble(tmp_path / "repo", tmp_path / "llm", ta_tok_repo(), detokenizer)
+    assert not (tmp_path / "repo" / "detokenizer" / "ta_tok").exists()  # weights are stored once
+    options = {"scale": 3, "height": 32, "width": 32, "num_inference_steps": 3}
+    seen = []
+    drawn = [
+        p("a cat", generator=seeds(3), callback=lambda *step: seen.append(step), **options).images[0]
+        for p in (
+            TarPipeline.from_pretrained(tmp_path / "repo"),
+            TarPipeline.from_pretrained(tar_repo, detokenizer=str(detokenizer)),
+        )
+    ]
+    assert drawn[0].size == (32, 32) and drawn[0].tobytes() == drawn[1].tobytes()
+    assert seen[-3:] == [("pixels", 1, 3), ("pixels", 2, 3), ("pixels", 3, 3)]
+
+
+def test_save_and_load(pipe, tmp_path, picture):
+    pipe.save_pretrained(tmp_path)
+    loaded = TarPipeline.from_pretrained(tmp_path)
+    before, after = (p("a cat", generator=seeds(0), scale=3, output_type="pt") for p in (pipe, loaded))
+    assert torch.equal(before.codes, after.codes) and torch.equal(before.images, after.images)
+    assert torch.equal(loaded.encode(picture), pipe.encode(picture))
+
+
+# Calls
+
+
+def test_one_in_one_out(pipe, picture):
+    assert isinstance(pipe.generate_text("Hello", max_new_tokens=2), str)
+    texts = pipe.generate_text(["Hello", "What is it?"], images=[None, picture], scale=3, max_new_tokens=2)
+    assert texts[0] == pipe.generate_text("Hello", max_new_tokens=2) and len(texts) == 2
+    assert pipe.encode([picture, picture], scale=2).shape == (2, 169)
+    assert len(pipe.reconstruct([picture], scale=3)) == 1
+
+
+def test_images_in_prompts(pipe, picture):
+    options = {"scale": 3, "image_scale": 3}
+    plain = pipe("make it blue", images=picture, generator=seeds(0), **options).codes
+    marked = pipe("<image>\nmake it blue", images=[picture], generator=seeds(0), **options).codes
+    assert torch.equal(plain, marked)
+    images = [picture, picture.rotate(90)]
+    assert pipe("from <image> to <image>", images=images, **options).codes.shape == (1, 81)
+    ids = pipe._prompt_ids(_user("from <image> to <image>"), list(pipe.encode(images, scale=3)))
+    assert sum(token >= pipe.vocabulary.first_code_id for token in ids) == 2 * 81
+
+
+def test_sampled_text_has_its_own_generators(pipe):
+    state = torch.get_rng_state()
+    options = {"do_sample": True, "max_new_tokens": 8, "temperature": 1.5}
+    both = pipe.generate_text(["Hello", "Good morning to you"], generator=seeds(1, 2), **options)
+    assert both[1] == pipe.generate_text("Good morning to you", generator=seeds(2), **options)
+    assert both[0] == pipe.generate_text("Hello", generator=seeds(1), **options)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_chat(pipe, picture):
+    image = {"type": "image", "image": picture}
+    turns = [
+        {"role": "user", "content": [image, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": "A circle."},
+        {"role": "user", "content": "Draw one."},
+        {"role": "assistant", "content": [image]},
+        {"role": "user", "content": "Thanks, and now?"},
+    ]
+    assert isinstance(pipe.chat(turns, scale=3, max_new_tokens=4), str)
+    single = pipe.chat([turns[0]], scale=3, max_new_tokens=4)
+    assert single == pipe.generate_text("What is it?", images=picture, scale=3, max_new_tokens=4)
+    with pytest.raises(ValueError, match="must be the user's"):
+        pipe.chat(turns[:2])
+
+
+def test_self_reflection_returns_the_best_candidate(pipe):
+    state = torch.get_rng_state()
+    output = pipe(["a cat", "a dog"], scale=3, self_reflect=3, generator=seeds(1, 2))
+    assert output.scores.shape == (2, 3) and len(output.images) == len(output.codes) == 2
+    assert ((output.scores > 0) & (output.scores < 1)).all()
+    again = pipe._judge(["a cat", "a dog"], output.codes, 1)
+    torch.testing.assert_close(again[:, 0], output.scores.amax(-1))
+    alone = pipe("a dog", scale=3, self_reflect=3, generator=seeds(2))
+    assert torch.equal(alone.codes[0], output.codes[1])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_callback_sees_every_stage_and_interrupts(pipe, picture):
+    seen = []
+    pipe("like this", images=picture, scale=3, image_scale=3, callback=lambda *step: seen.append(step))
+    stages = {"encode": 1, "codes": 81, "pixels": 16}
+    assert seen == [(stage, i, total) for stage, total in stages.items() for i in range(1, total + 1)]
+    seen.clear()
+    pipe.generate_text("Hello", max_new_tokens=3, callback=lambda *step: seen.append(step))
+    assert seen[0] == ("text", 1, 3)
+    with pytest.raises(Interrupted, match="codes 5 of 81"):
+        pipe("a cat", scale=3, callback=lambda stage, step, total: step < 5)
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pipe, image: pipe(""), "not empty"),
+        (lambda pipe, image: pipe([]), "at least one prompt"),
+        (lambda pipe, image: pipe("two <image> <image>", images=image), "2 <image> marks, but 1 images"),
+        (lambda pipe, image: pipe("one <image>"), "1 <image> marks, but 0 images"),
+        (lambda pipe, image: pipe(["a", "b"], images=[image]), "each of 2 prompts, got 1"),
+        (lambda pipe, image: pipe("a", scale=4), r"scale must be in 1\.\.3"),
+        (lambda pipe, image: pipe("a", num_images_per_prompt=2, generator=seeds(1)), "each of 2 samples, got 1"),
+        (lambda pipe, image: pipe("a", num_images_per_prompt=0), "num_images_per_prompt must be a positive"),
+        (lambda pipe, image: pipe("spelt <I5>"), "must not spell visual tokens such as <I5>"),
+        (lambda pipe, image: pipe("a", output_type="jpeg"), "output_type must be"),
+        (lambda pipe, image: pipe.generate_text("a", generator=seeds(1)), "do_sample=True"),
+        (lambda pipe, image: pipe.decode(torch.tensor([[512] * 81])), r"0\.\.511"),
+    ],
+)
+def test_wrong_calls(pipe, picture, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(pipe, picture)
+
+
+def test_missing_parts(pipe, picture):
+    bare = TarPipeline(pipe.model, pipe.tokenizer)
+    with pytest.raises(ValueError, match="drawing images needs detokenizer"):
+        bare("a cat")
+    with pytest.raises(ValueError, match="reading images needs ta_tok"):
+        bare.generate_text("What?", images=picture)
+    with pytest.raises(TypeError, match="needs a method detokenize"):
+        _ = TarPipeline(pipe.model, pipe.tokenizer, detokenizer=object()).detokenizer
+
+
+def test_detokenizer_of_another_width_and_unknown_options(pipe):
+    from tar_hf import ARDeTokConfig, ARDeTokForCausalLM
+
+    vq = {"num_patches": 2, "base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "num_embeddings": 8}
+    sizes = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vq_config": vq}
+    other = ARDeTokForCausalLM(ARDeTokConfig(condition_size=40, **sizes))
+    seen = []
+    wrong = TarPipeline(pipe.model, pipe.tokenizer, ta_tok=pipe.decoder, detokenizer=other)
+    with pytest.raises(ValueError, match="features of width 40, but this TA-Tok makes 48"):
+        wrong("a cat", scale=3, callback=lambda *step: seen.append(step))
+    with pytest.raises(TypeError, match="ARDeTokForCausalLM has no option temprature"):
+        pipe("a cat", scale=3, temprature=1.0, callback=lambda *step: seen.append(step))
+    assert not seen
+
+
+def test_bad_images_are_refused_before_any_is_encoded(pipe, picture, tmp_path):
+    picture.save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
+    seen = []
+    with pytest.raises(OSError, match=r"cut\.png"):
+        pipe.generate_text(["a", "b"], images=[picture, str(tmp_path / "cut.png")], callback=lambda *s: seen.append(s))
+    assert not seen
