@@ -4,10 +4,20 @@ import json
 import shutil
 from pathlib import Path
 
+from huggingface_hub import metadata_load
+
 from tar_hf.conversion.checkpoint import ConversionError
 from tar_hf.conversion.folder import read_json
+from tar_hf.conversion.model_card import write_model_card
 from tar_hf.conversion.output import new_folder
 from tar_hf.pipelines.pipeline_tar import PARTS_FILE, write_pipeline_code
+
+USAGE = """
+from transformers import pipeline
+
+pipe = pipeline("text-to-image", model=REPO, trust_remote_code=True)
+pipe("A photo of a macaw")["image"].save("macaw.png")
+"""
 
 
 def assemble(output: str | Path, llm: str | Path, ta_tok: str | Path, detokenizer: str | Path):
@@ -41,6 +51,32 @@ def assemble(output: str | Path, llm: str | Path, ta_tok: str | Path, detokenize
             json.dumps({"ta_tok": "ta_tok", "detokenizer": "detokenizer"}, indent=2) + "\n"
         )
         write_pipeline_code(folder)
+        write_tar_card(folder, Path(output).name, base_model=_base_model(llm))
+
+
+def write_tar_card(folder: Path, name: str, base_model: str | None = None):
+    """Writes the model card of a whole Tar repository that will be known as `name`."""
+    config, ta_tok = read_json(folder / "config.json"), read_json(folder / "ta_tok" / "config.json")
+    write_model_card(
+        folder,
+        title="Tar, one model that understands and draws images",
+        description="A language model that reads and writes images as tokens, with the image tokenizer (`ta_tok/`) and "
+        "the de-tokenizer (`detokenizer/`) that go with it.",
+        usage=USAGE.replace("REPO", repr(name)),
+        facts={
+            "language model": f"{config['model_type']}, {config.get('num_hidden_layers')} layers",
+            "vocabulary": config.get("vocab_size"),
+            "image codes": ta_tok["codebook_size"],
+            "de-tokenizer": "SANA" if (folder / "detokenizer" / "model_index.json").is_file() else "AR-DTok",
+        },
+        pipeline_tag="text-to-image",
+        base_model=base_model,
+    )
+
+
+def _base_model(llm: Path) -> str | None:
+    card = llm / "README.md"
+    return metadata_load(card).get("base_model") if card.is_file() else None
 
 
 def _copy_detokenizer(source: Path, target: Path):

@@ -15,8 +15,7 @@ CARD = """---
 
 {description}
 
-From the paper {paper}. Converted from `{source}` with [tar-hf](https://pypi.org/project/tar-hf/) {version},
-with results equal to the original code's.
+From the paper {paper}. {origin}
 
 | | |
 |---|---|
@@ -29,6 +28,12 @@ with results equal to the original code's.
 ```
 {note}"""
 
+ORIGINS = {
+    True: "Converted from `{source}` with [tar-hf](https://pypi.org/project/tar-hf/) {version}, with results equal to "
+    "the original code's.",
+    False: "Made with [tar-hf](https://pypi.org/project/tar-hf/) {version}.",
+}
+
 # For repositories that carry their code.
 TRUST_NOTE = """
 With `pip install tar-hf` and `import tar_hf`, `trust_remote_code=True` is not needed.
@@ -40,7 +45,7 @@ def write_model_card(
     *,
     title: str,
     description: str,
-    source: str,
+    source: str | None = None,
     usage: str,
     facts: dict[str, object],
     pipeline_tag: str,
@@ -48,7 +53,7 @@ def write_model_card(
     tags: tuple[str, ...] = (),
     library_name: str = "transformers",
 ):
-    """Writes `README.md`. `facts` become a table, `source` is the name of the converted file or folder."""
+    """Writes `README.md`. `facts` become a table; `source` is the name of what was converted, if anything was."""
     from tar_hf import __version__
 
     metadata = ModelCardData(
@@ -64,8 +69,7 @@ def write_model_card(
             title=title,
             description=description,
             paper=PAPER,
-            source=source,
-            version=__version__,
+            origin=ORIGINS[source is not None].format(source=source, version=__version__),
             table="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
             usage=usage.strip(),
             note=TRUST_NOTE if "trust_remote_code" in usage else "",

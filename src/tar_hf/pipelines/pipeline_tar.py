@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,15 +182,15 @@ class TarPipeline:
         write_pipeline_code(folder)
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """Saves and uploads; `kwargs` go to `huggingface_hub.upload_folder`."""
-        import tempfile
+        """Saves, checks that the folder loads without this package, uploads. `kwargs` are those of `push_folder`."""
+        from tar_hf.conversion.assemble import write_tar_card
+        from tar_hf.conversion.publish import push_folder
 
-        from huggingface_hub import create_repo, upload_folder
-
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / repo_id.rpartition("/")[2]
             self.save_pretrained(folder)
-            create_repo(repo_id, exist_ok=True, token=kwargs.get("token"))
-            return upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
+            write_tar_card(folder, repo_id)
+            return push_folder(folder, repo_id, **kwargs)
 
     # Parts
 
