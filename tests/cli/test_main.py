@@ -1,7 +1,6 @@
 """The command itself: quick to answer, exit statuses, one line where the input is wrong."""
 
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -12,13 +11,6 @@ import pytest
 
 from tar_hf import __version__
 from tar_hf.cli.main import main
-
-
-@pytest.fixture(autouse=True)
-def _signal_handlers_stay():
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 def seconds(*arguments, runs=5):
@@ -36,7 +28,9 @@ def test_importing_the_package_costs_less_than_half_a_second():
     assert seconds("-c", code) - seconds("-c", "pass") < 0.5
 
 
-@pytest.mark.parametrize("command", [["--help"], ["--version"], ["convert", "--help"], ["convert", "ta-tok", "--help"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["--version"], ["generate", "--help"], ["convert", "ta-tok", "--help"]]
+)
 def test_help_comes_in_less_than_a_second(command):
     assert seconds("-m", "tar_hf.cli.main", *command, runs=3) < 1
 

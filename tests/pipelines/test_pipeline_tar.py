@@ -194,16 +194,27 @@ def test_chat(pipe, picture):
         pipe.chat(turns[:2])
 
 
-def test_self_reflection_returns_the_best_candidate(pipe):
+def test_self_reflection_returns_the_best_candidate(pipe, picture):
     state = torch.get_rng_state()
     output = pipe(["a cat", "a dog"], scale=3, self_reflect=3, generator=seeds(1, 2))
     assert output.scores.shape == (2, 3) and len(output.images) == len(output.codes) == 2
     assert ((output.scores > 0) & (output.scores < 1)).all()
-    again = pipe._judge(["a cat", "a dog"], output.codes, 1)
+    again = pipe._judge([("a cat", []), ("a dog", [])], output.codes, 1)
     torch.testing.assert_close(again[:, 0], output.scores.amax(-1))
     alone = pipe("a dog", scale=3, self_reflect=3, generator=seeds(2))
     assert torch.equal(alone.codes[0], output.codes[1])
     assert torch.equal(state, torch.get_rng_state())
+    edited = pipe("<image> but blue", images=picture, scale=3, image_scale=3, self_reflect=2)
+    assert edited.scores.shape == (1, 2)
+
+
+def test_text_holds_no_visual_tokens(pipe, picture):
+    """The golden model would write some: with random weights no token is rare."""
+    options = {"do_sample": True, "temperature": 5.0, "max_new_tokens": 64}
+    texts = pipe.generate_text(["Hello"] * 4, generator=seeds(1, 2, 3, 4), **options)
+    assert not any("<I" in text or "<S" in text for text in texts)
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": texts[0]}]
+    assert isinstance(pipe.chat([*turns, turns[0]], max_new_tokens=4), str)
 
 
 def test_callback_sees_every_stage_and_interrupts(pipe, picture):
@@ -243,12 +254,14 @@ def test_wrong_calls(pipe, picture, call, message):
         call(pipe, picture)
 
 
-def test_missing_parts(pipe, picture):
+def test_missing_parts(pipe, tar_repo, picture):
     bare = TarPipeline(pipe.model, pipe.tokenizer)
     with pytest.raises(ValueError, match="drawing images needs detokenizer"):
         bare("a cat")
     with pytest.raises(ValueError, match="reading images needs ta_tok"):
         bare.generate_text("What?", images=picture)
+    with pytest.raises(ValueError, match="no de-tokenizer but a Qwen2ForCausalLM"):
+        _ = TarPipeline(pipe.model, pipe.tokenizer, detokenizer=str(tar_repo)).detokenizer
     with pytest.raises(TypeError, match="needs a method detokenize"):
         _ = TarPipeline(pipe.model, pipe.tokenizer, detokenizer=object()).detokenizer
 

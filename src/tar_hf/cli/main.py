@@ -6,7 +6,7 @@ import signal
 import sys
 
 from tar_hf._version import __version__
-from tar_hf.cli import convert
+from tar_hf.cli import assemble, codes, convert, describe, generate, push
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -15,7 +15,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"tar-hf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    generate.add_parser(commands)
+    describe.add_parser(commands)
+    codes.add_parsers(commands)
     convert.add_parser(commands)
+    assemble.add_parser(commands)
+    push.add_parser(commands)
     return parser
 
 

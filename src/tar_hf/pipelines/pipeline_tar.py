@@ -28,6 +28,7 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     TemperatureLogitsWarper,
@@ -136,10 +137,11 @@ class TarPipeline:
         options = {name: value for name, value in options.items() if value is not None}
         root = _local_folder(path, ["*"], ["ta_tok/*", "detokenizer/*"], **hub)
         quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
+        tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=trust_remote_code)
+        VisualVocabulary.from_tokenizer(tokenizer)  # raises before the weights are read
         model = AutoModelForCausalLM.from_pretrained(
             root, trust_remote_code=trust_remote_code, **options, **quantization
         ).eval()
-        tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=trust_remote_code)
         options |= {"trust_remote_code": trust_remote_code, "hub": hub}
         return cls.around(model, tokenizer, path, ta_tok, detokenizer, options)
 
@@ -283,6 +285,8 @@ class TarPipeline:
             trust = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
             return DiffusionPipeline.from_pretrained(folder, ta_tok=None, **dtype, **trust).to(self.device)
         model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+        if not hasattr(model, "detokenize"):
+            raise ValueError(f"{folder} holds no de-tokenizer but a {type(model).__name__}")
         return model if "device_map" in options else model.to(self.device)
 
     def _check_detokenizer(self, options):
@@ -426,17 +430,16 @@ class TarPipeline:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
         self._check_detokenizer(kwargs)
 
-        rows = [
-            self._prompt_ids(_user(text), codes, drawing=scale)
-            for text, codes in zip(prompts, self._read(images, image_scale, callback), strict=True)
-        ]
+        given = self._read(images, image_scale, callback)
+        rows = [self._prompt_ids(_user(text), codes, drawing=scale) for text, codes in zip(prompts, given, strict=True)]
         candidates = self_reflect or 1
         uniform = torch.stack([torch.rand(candidates, tokens, generator=g, device=g.device).cpu() for g in generators])
         options = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         codes = self._draw_codes(rows, uniform.flatten(0, 1), callback=callback, **options)
         scores = None
         if self_reflect is not None:
-            scores = self._judge([p for p in prompts for _ in range(num_images_per_prompt)], codes, candidates)
+            requests = [request for request in zip(prompts, given, strict=True) for _ in range(num_images_per_prompt)]
+            scores = self._judge(requests, codes, candidates)
             best = scores.argmax(-1) + torch.arange(len(scores)) * candidates
             codes = codes[best]
         options = {"output_type": output_type, "callback": callback, **kwargs}
@@ -488,13 +491,18 @@ class TarPipeline:
         bias = None if head.bias is None else head.bias[first:last]
         return F.linear(hidden, head.weight[first:last], bias).float()
 
-    def _judge(self, prompts, codes, candidates):
-        """How likely the model says yes rather than no to each candidate: (images, candidates)."""
+    @torch.no_grad()
+    def _judge(self, requests, codes, candidates):
+        """How likely the model says yes rather than no to each candidate: (images, candidates).
+
+        A request is a prompt and the codes of its images, which the judge sees where the prompt has them.
+        """
         answers = [self._single_ids(words) for words in (("yes", "Yes"), ("no", "No"))]
         scores = []
         for i, row in enumerate(codes):
-            question = f"{IMAGE}\nDoes this image match the description: {prompts[i // candidates]}? Answer yes or no."
-            ids, mask = self._pad([self._prompt_ids(_user(question), [row])])
+            prompt, given = requests[i // candidates]
+            question = f"{IMAGE}\nDoes this image match the description: {prompt}? Answer yes or no."
+            ids, mask = self._pad([self._prompt_ids(_user(question), [row, *given])])
             logits = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1).logits[0, -1].float()
             yes, no = (logits[list(ids)].logsumexp(-1) for ids in answers)
             scores.append((yes - no).sigmoid())
@@ -594,6 +602,8 @@ class TarPipeline:
                 past = torch.zeros(len(rows), input_ids.shape[1])
                 logits_processor.append(SeededDraw(torch.cat([past, torch.stack(uniform)], 1).to(input_ids.device)))
                 generation_config.do_sample = False
+            # Before everything else that looks at the scores: text has no visual tokens.
+            logits_processor.insert(0, _TextOnly(self.vocabulary))
             stopping_criteria.append(_Watch(callback, input_ids.shape[1], max_new_tokens))
             return GenerationMixin._sample(
                 model,
@@ -670,6 +680,18 @@ def write_pipeline_code(folder: Path):
         "text-to-image": {"impl": implementation, "pt": ["AutoModelForCausalLM"], "type": "text"}
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+class _TextOnly(LogitsProcessor):
+    """Leaves the visual tokens out of what the language model may write as text."""
+
+    def __init__(self, vocabulary: VisualVocabulary):
+        self.first = min(vocabulary.image_start_id, vocabulary.image_end_id, vocabulary.first_scale_id)
+        self.last = vocabulary.vocab_size
+
+    def __call__(self, input_ids, scores):
+        scores[:, self.first : self.last] = -torch.inf
+        return scores
 
 
 class _Watch(StoppingCriteria):

@@ -1,0 +1,59 @@
+"""Options that several commands share, and the types of their values."""
+
+import argparse
+import math
+from pathlib import Path
+
+
+def add_model_options(parser):
+    parser.add_argument("--model", metavar="REPO", help="Tar repository: a folder that `assemble` made, or a Hub id")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the one of the files")
+    parser.add_argument("--device", help="such as cpu or cuda:1; default: a CUDA GPU where there is one, else the CPU")
+
+
+def add_drawing_options(parser):
+    """What turning codes into pixels takes."""
+    parser.add_argument("--detokenizer", metavar="REPO", help="folder or Hub id, instead of the model's own")
+    parser.add_argument("--seed", type=seed, default=0, help="of the first image, one more for each after; default 0")
+    parser.add_argument(
+        "--guidance-scale", type=positive, default=4.0, metavar="G", help="of the de-tokenizer; 1 is off; default 4"
+    )
+
+
+def add_scale_option(parser, name="--scale", help="729, 169 or 81 codes an image for 1, 2, 3; default 1"):
+    parser.add_argument(name, type=int, choices=(1, 2, 3), default=1, help=help)
+
+
+def add_file_output(parser, metavar):
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar=metavar, help="file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists already")
+
+
+def count(text: str) -> int:
+    return _number(text, int, lambda value: value >= 1, "a whole number from 1 on")
+
+
+def limit(text: str) -> int:
+    return _number(text, int, lambda value: value >= 0, "a whole number, or 0 for no limit")
+
+
+def seed(text: str) -> int:
+    return _number(text, int, lambda value: 0 <= value < 2**63, "a whole number in 0..2**63-1")
+
+
+def positive(text: str) -> float:
+    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def share(text: str) -> float:
+    return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and up to 1")
+
+
+def _number(text, kind, accepts, expected):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not accepts(value):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return value

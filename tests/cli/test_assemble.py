@@ -1,0 +1,19 @@
+"""`tar-hf assemble`: converted parts to one repository."""
+
+from tar_hf.conversion import convert_llm
+
+
+def test_assemble(run, golden, ta_tok_repo, ar_detok_repo, tar_repo, tmp_path):
+    llm, out = tmp_path / "llm", tmp_path / "new" / "repo"
+    convert_llm(golden / "published" / "llm", llm)
+    command = ["assemble", out, "--llm", llm, "--ta-tok", ta_tok_repo(), "--detokenizer"]
+    status, (printed,), err = run(*command, ar_detok_repo("ar_dtok_64px"), model=None)
+    assert (status, err) == (0, []) and printed.endswith(f" -> {out}")
+    files, expected = ({path.relative_to(repo) for path in repo.rglob("*")} for repo in (out, tar_repo))
+    assert files == expected
+
+    status, printed, (error,) = run(*command, ar_detok_repo("ar_dtok_64px"), model=None)
+    assert (status, printed) == (2, []) and "exists already" in error
+    out = command[1] = tmp_path / "another"
+    status, printed, (error,) = run(*command, tmp_path / "none", model=None)
+    assert (status, printed) == (2, []) and "none" in error and not out.exists()
