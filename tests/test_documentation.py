@@ -1,12 +1,15 @@
 """What the README and the examples say, run."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from tar_hf.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,6 +37,37 @@ def test_readme_runs(tar_repo, ta_tok_repo, ar_detok_repo, tmp_path, monkeypatch
     assert names["codes"].shape == (1, 169) and names["image"].shape == (1, 3, 64, 64)
     assert names["macaw"].size == names["edited"].size == names["same"].size == (64, 64)
     assert names["ids"].min() >= 25 and names["vocabulary"].codebook_size == 512
+
+
+@pytest.mark.slow
+def test_readme_commands(golden, tmp_path, monkeypatch, capsys):
+    """Every `tar-hf` line in turn, where the published files' names stand for the golden ones."""
+    published = golden / "published"
+    sources = {
+        "ta_tok.pth": "ta_tok.pth",
+        "ar_dtok_lp_256px.pth": "ar_dtok_64px.pth",
+        "vq_ds16_t2i.pt": "vq_ds16.pt",
+        "Tar-SANA-600M-512px": "sana",
+        "Tar-1.5B": "llm",
+    }
+    for name, source in sources.items():
+        (tmp_path / name).symlink_to(published / source)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.jpg")
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("tar-hf ")]
+    assert len(lines) >= 10
+    for line in lines:
+        arguments = shlex.split(line, comments=True)[1:]
+        if arguments[:2] == ["convert", "ta-tok"]:
+            arguments += ["--vision-config", str(published / "vision_config")]  # the golden one is no published size
+        # In tests the Hub is out of reach: tests/pipelines/test_tar_on_the_hub.py pushes to a stand-in.
+        assert main(arguments) == (2 if arguments[0] == "push" else 0), (line, capsys.readouterr().err)
+    assert "HF_HUB_OFFLINE" in capsys.readouterr().err
+    for name in ("macaw.png", "animals-sheet.png", "pictures/0.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.format == "PNG"
 
 
 @pytest.mark.slow

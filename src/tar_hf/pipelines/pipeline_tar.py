@@ -185,8 +185,11 @@ class TarPipeline:
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         """Saves, checks that the folder loads without this package, uploads. `kwargs` are those of `push_folder`."""
-        from tar_hf.conversion.assemble import write_tar_card
-        from tar_hf.conversion.publish import push_folder
+        try:  # as above: what is imported outside of a `try` must be there for the repository's code to load
+            from tar_hf.conversion.assemble import write_tar_card
+            from tar_hf.conversion.publish import push_folder
+        except ImportError as error:
+            raise ImportError("pushing needs the package: pip install tar-hf") from error
 
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / repo_id.rpartition("/")[2]
