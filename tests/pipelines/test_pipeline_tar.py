@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from tar_hf.conversion import convert_llm
 from tar_hf.conversion.assemble import assemble
-from tar_hf.pipelines.pipeline_tar import Interrupted, TarPipeline, _user
+from tar_hf.pipelines.pipeline_tar import TarPipeline, _user
+from tar_hf.pipelines.tar_sampling import Interrupted
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,7 @@ def _part_may_exist(folder, part):
 
 
 def _parts(folder):
-    from tar_hf.pipelines.pipeline_tar import PARTS_FILE
+    from tar_hf.pipelines.tar_repository import PARTS_FILE
 
     return _read_json(folder / PARTS_FILE) if (folder / PARTS_FILE).is_file() else {}
 

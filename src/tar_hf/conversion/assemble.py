@@ -10,7 +10,7 @@ from tar_hf.conversion.checkpoint import ConversionError
 from tar_hf.conversion.folder import read_json
 from tar_hf.conversion.model_card import write_model_card
 from tar_hf.conversion.output import new_folder
-from tar_hf.pipelines.pipeline_tar import PARTS_FILE, write_pipeline_code
+from tar_hf.pipelines.tar_repository import PARTS_FILE, write_pipeline_code
 
 USAGE = """
 from transformers import pipeline

@@ -5,19 +5,14 @@ codes from pixels and features from codes; a de-tokenizer draws. Parts load when
 image loads no de-tokenizer, and drawing one no vision encoder.
 """
 
-import inspect
 import json
 import re
-import shutil
-import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -26,16 +21,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
-    GenerationConfig,
     GenerationMixin,
-    LogitsProcessor,
     LogitsProcessorList,
-    StoppingCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 from transformers.utils import ModelOutput
+
+from .tar_repository import PARTS_FILE, RepoFolder, local_folder, write_pipeline_code
+from .tar_sampling import Callback, TextOnly, Watch, known_options, make_generators, report, watch_pixels
 
 try:
     from tar_hf.modeling.modeling_ar_detok import SeededDraw
@@ -46,18 +41,11 @@ except ImportError:  # in a Hub repository, where the files stand side by side
 
 SYSTEM = "You are a helpful assistant."
 IMAGE = "<image>"
-PARTS_FILE = "tar.json"  # beside config.json: where the parts are, by folder or repo id
 VISUAL_TEXT = re.compile(r"<I\d+>|<im_start>|<im_end>")
 # Settings of a model that do more to the logits than the output layer, so that a slice of that layer is not enough.
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 OUTPUT_TYPES = ("pil", "np", "pt")
-
-Callback = Callable[[str, int, int], object]
-
-
-class Interrupted(RuntimeError):
-    """A callback returned `False`."""
 
 
 @dataclass
@@ -135,7 +123,7 @@ class TarPipeline:
         hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
         options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
         options = {name: value for name, value in options.items() if value is not None}
-        root = _local_folder(path, ["*"], ["ta_tok/*", "detokenizer/*"], **hub)
+        root = local_folder(path, ["*"], ["ta_tok/*", "detokenizer/*"], **hub)
         quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
         tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=trust_remote_code)
         VisualVocabulary.from_tokenizer(tokenizer)  # raises before the weights are read
@@ -149,13 +137,13 @@ class TarPipeline:
     def around(cls, model, tokenizer, path, ta_tok=None, detokenizer=None, load_options=None) -> "TarPipeline":
         """A pipeline of a language model that is loaded already, with the parts that its repository `path` names."""
         hub = (load_options or {}).get("hub", {})
-        notes = _local_folder(path, [PARTS_FILE], [], **hub) / PARTS_FILE
+        notes = local_folder(path, [PARTS_FILE], [], **hub) / PARTS_FILE
         parts = json.loads(notes.read_text()) if notes.is_file() else {}
         sources = {}
         for name, given in (("ta_tok", ta_tok), ("detokenizer", detokenizer)):
             noted = parts.get(name, name)
             if given is None and noted == name:  # a folder of this repository, fetched when it is needed
-                inside = _RepoFolder(path, name, hub)
+                inside = RepoFolder(path, name, hub)
                 sources[name] = inside if inside.exists() else None
             else:
                 sources[name] = noted if given is None else given
@@ -216,7 +204,7 @@ class TarPipeline:
             if name not in ("encoder", "decoder", "detokenizer"):
                 raise ValueError(f"parts are encoder, decoder and detokenizer, got {name!r}")
             source = self._sources["detokenizer" if name == "detokenizer" else "ta_tok"]
-            if isinstance(source, str | Path | _RepoFolder):  # an object that was passed in is the caller's
+            if isinstance(source, str | Path | RepoFolder):  # an object that was passed in is the caller's
                 self._loaded.pop(name, None)
 
     @property
@@ -244,7 +232,7 @@ class TarPipeline:
         """What draws pixels from features."""
         if "detokenizer" not in self._loaded:
             source = self._source("detokenizer", "drawing images")
-            if isinstance(source, str | Path | _RepoFolder):
+            if isinstance(source, str | Path | RepoFolder):
                 self._loaded["detokenizer"] = self._load_detokenizer(self._fetch(source))
             elif hasattr(source, "detokenize"):
                 self._loaded["detokenizer"] = source
@@ -259,9 +247,9 @@ class TarPipeline:
         return source
 
     def _fetch(self, source) -> Path:
-        if isinstance(source, _RepoFolder):
+        if isinstance(source, RepoFolder):
             return source.fetch()
-        return _local_folder(source, ["*"], [], **self._load_options.get("hub", {}))
+        return local_folder(source, ["*"], [], **self._load_options.get("hub", {}))
 
     def _ta_tok_half(self, half, other):
         if half not in self._loaded:
@@ -303,7 +291,7 @@ class TarPipeline:
                 f"the de-tokenizer draws from features of width {width}, but this TA-Tok makes "
                 f"{self.decoder.config.hidden_size}"
             )
-        if unknown := options.keys() - _known_options(detokenizer):
+        if unknown := options.keys() - known_options(detokenizer):
             raise TypeError(f"{type(detokenizer).__name__} has no option {min(unknown)}")
 
     # Images
@@ -328,7 +316,7 @@ class TarPipeline:
         codes = []
         for i, image in enumerate(pixels.split(1), 1):  # one at a time: a batch is no faster and needs its memory
             codes.append(self.encoder.encode(image.to(self.encoder.device), scale=scale))
-            _report(callback, "encode", i, len(pixels))
+            report(callback, "encode", i, len(pixels))
         return torch.cat(codes)
 
     @torch.no_grad()
@@ -355,7 +343,7 @@ class TarPipeline:
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
-        generators = _generators(generator, len(codes))
+        generators = make_generators(generator, len(codes))
         detokenizer = self.detokenizer
         self._check_detokenizer(kwargs)
         features = self.decoder.decode(codes.to(self.decoder.device))
@@ -363,7 +351,7 @@ class TarPipeline:
             features,
             generator=generators,
             guidance_scale=guidance_scale,
-            **_watch_pixels(detokenizer, callback),
+            **watch_pixels(detokenizer, callback),
             **kwargs,
         )
         pixels = pixels.float().cpu()
@@ -425,7 +413,7 @@ class TarPipeline:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
         self.vocabulary.scale_id(scale)
-        generators = _generators(generator, len(prompts) * num_images_per_prompt)
+        generators = make_generators(generator, len(prompts) * num_images_per_prompt)
         self._source("detokenizer", "drawing images")
         self._source("ta_tok", "drawing images")
         tokens = self.decoder.config.num_tokens(scale)
@@ -475,7 +463,7 @@ class TarPipeline:
         for step in range(1, tokens + 1):
             drawn = warpers(codes, logits).argmax(-1, keepdim=True)
             codes = torch.cat([codes, drawn], 1)
-            _report(callback, "codes", step, tokens)
+            report(callback, "codes", step, tokens)
             if step < tokens:
                 mask = F.pad(mask, (0, 1), value=1)
                 logits = self._visual_logits(drawn + self.vocabulary.first_code_id, mask, cache)
@@ -596,7 +584,7 @@ class TarPipeline:
         ids, mask = self._pad(rows)
         if not do_sample and generator is not None:
             raise ValueError("generator only applies when text is sampled: pass do_sample=True")
-        generators = _generators(generator, len(rows)) if do_sample else None
+        generators = make_generators(generator, len(rows)) if do_sample else None
 
         def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **options):
             # As in ARDeTokForCausalLM.generate: the last processor draws, so that the global generator stays untouched.
@@ -606,8 +594,8 @@ class TarPipeline:
                 logits_processor.append(SeededDraw(torch.cat([past, torch.stack(uniform)], 1).to(input_ids.device)))
                 generation_config.do_sample = False
             # Before everything else that looks at the scores: text has no visual tokens.
-            logits_processor.insert(0, _TextOnly(self.vocabulary))
-            stopping_criteria.append(_Watch(callback, input_ids.shape[1], max_new_tokens))
+            logits_processor.insert(0, TextOnly(self.vocabulary))
+            stopping_criteria.append(Watch(callback, input_ids.shape[1], max_new_tokens))
             return GenerationMixin._sample(
                 model,
                 input_ids,
@@ -671,68 +659,6 @@ class TarPipeline:
         return ids, mask
 
 
-def write_pipeline_code(folder: Path):
-    """Lets a repository serve `pipeline("text-to-image", model=..., trust_remote_code=True)` without this package: the
-    code goes beside config.json, which gets an entry for the task."""
-    for module in (SeededDraw.__module__, VisualVocabulary.__module__, __name__):
-        shutil.copyfile(sys.modules[module].__file__, folder / f"{module.rpartition('.')[2]}.py")
-    shutil.copyfile(Path(__file__).with_name("pipeline_text_to_image.py"), folder / "pipeline_text_to_image.py")
-    config = json.loads((folder / "config.json").read_text())
-    implementation = "pipeline_text_to_image.TextToImagePipeline"
-    config["custom_pipelines"] = {
-        "text-to-image": {"impl": implementation, "pt": ["AutoModelForCausalLM"], "type": "text"}
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-class _TextOnly(LogitsProcessor):
-    """Leaves the visual tokens out of what the language model may write as text."""
-
-    def __init__(self, vocabulary: VisualVocabulary):
-        self.first = min(vocabulary.image_start_id, vocabulary.image_end_id, vocabulary.first_scale_id)
-        self.last = vocabulary.vocab_size
-
-    def __call__(self, input_ids, scores):
-        scores[:, self.first : self.last] = -torch.inf
-        return scores
-
-
-class _Watch(StoppingCriteria):
-    """Reports every step of a library's loop to a callback; never stops it but by the callback's wish."""
-
-    def __init__(self, callback, start, total, stage="text"):
-        self.callback, self.start, self.total, self.stage = callback, start, total, stage
-
-    def __call__(self, input_ids, scores, **kwargs):
-        _report(self.callback, self.stage, input_ids.shape[1] - self.start, self.total)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-@dataclass(frozen=True)
-class _RepoFolder:
-    """A folder of a repository that is fetched when it is needed."""
-
-    repo: str | Path
-    name: str
-    hub: dict
-
-    def exists(self) -> bool:
-        return not Path(self.repo).is_dir() or (Path(self.repo) / self.name).is_dir()
-
-    def fetch(self) -> Path:
-        folder = _local_folder(self.repo, [f"{self.name}/*"], [], **self.hub) / self.name
-        if not folder.is_dir():
-            raise ValueError(f"{self.repo} has no folder {self.name}: pass {self.name}= a folder or a model")
-        return folder
-
-
-def _local_folder(path, allow, ignore, **hub) -> Path:
-    """A local folder as it is, or the snapshot of a Hub repository."""
-    if Path(path).is_dir():
-        return Path(path)
-    return Path(snapshot_download(str(path), allow_patterns=allow, ignore_patterns=ignore, **hub))
-
-
 def _find_vocabulary(model, tokenizer) -> VisualVocabulary:
     vocabulary = VisualVocabulary.from_tokenizer(tokenizer)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -771,45 +697,3 @@ def _check_counts(prompts, images):
     for text, given in zip(prompts, images, strict=True):
         if text.count(IMAGE) != len(given):
             raise ValueError(f"the prompt has {text.count(IMAGE)} <image> marks, but {len(given)} images came with it")
-
-
-def _generators(generator, count) -> list[torch.Generator]:
-    """One generator for each sample. A single one seeds them where there are several; none means fresh entropy."""
-    if isinstance(generator, list | tuple):
-        if len(generator) != count:
-            raise ValueError(f"expected one generator for each of {count} samples, got {len(generator)}")
-        return list(generator)
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed()
-    if count == 1:
-        return [generator]
-    seeds = torch.randint(2**62, (count,), generator=generator, device=generator.device).tolist()
-    return [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
-
-
-def _report(callback, stage, step, total):
-    if callback is not None and callback(stage, step, total) is False:
-        raise Interrupted(f"interrupted at {stage} {step} of {total}")
-
-
-def _known_options(detokenizer):
-    if isinstance(detokenizer, GenerationMixin):
-        known = GenerationConfig().to_dict().keys() | inspect.signature(detokenizer.generate).parameters.keys()
-        return known | inspect.signature(GenerationMixin.generate).parameters.keys()
-    method = detokenizer.__call__ if callable(detokenizer) else detokenizer.detokenize
-    return inspect.signature(method).parameters.keys()
-
-
-def _watch_pixels(detokenizer, callback):
-    """How the de-tokenizer of either kind is made to report its steps."""
-    if callback is None:
-        return {}
-    if isinstance(detokenizer, GenerationMixin):
-        return {"stopping_criteria": [_Watch(callback, 0, detokenizer.config.num_image_tokens, "pixels")]}
-
-    def report(pipe, step, timestep, tensors):
-        _report(callback, "pixels", step + 1, pipe.num_timesteps)
-        return tensors
-
-    return {"callback_on_step_end": report}
