@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from tar_hf.conversion import convert_llm
 from tar_hf.conversion.assemble import assemble
-from tar_hf.pipelines.pipeline_tar import TarPipeline, _user
+from tar_hf.pipelines.pipeline_tar import TarPipeline
+from tar_hf.pipelines.tar_prompts import user_turns
 from tar_hf.pipelines.tar_sampling import Interrupted
 
 
@@ -42,7 +43,9 @@ def test_golden_end_to_end(pipe, llm_expected, golden):
     expected = load_file(golden / "published" / "end_to_end_expected.safetensors")
     for k, case in enumerate(facts["t2i"]):
         scale, codes = case["scale"] + 1, tensors[f"t2i{k}_codes"]
-        assert pipe._prompt_ids(_user(case["prompt"]), [], drawing=scale) == tensors[f"t2i{k}_input_ids"][0].tolist()
+        assert (
+            pipe._prompt_ids(user_turns(case["prompt"]), [], drawing=scale) == tensors[f"t2i{k}_input_ids"][0].tolist()
+        )
         output = pipe(case["prompt"], scale=scale, do_sample=False, output_type="pt", num_images_per_prompt=2)
         assert torch.equal(output.codes, codes.expand(2, -1))
         features = pipe.decoder.decode(codes)
@@ -59,7 +62,7 @@ def test_golden_understanding_prompts(pipe, llm_expected, expected):
     codes = expected("published/ta_tok")
     for k, case in enumerate(facts["i2t"]):
         row = codes[f"codes_scale{case['scale'] + 1}"][0]
-        ids = pipe._prompt_ids(_user(f"<image>\n{case['question']}"), [row])
+        ids = pipe._prompt_ids(user_turns(f"<image>\n{case['question']}"), [row])
         assert ids == tensors[f"i2t{k}_input_ids"][0].tolist()
         logits = pipe.model(torch.tensor([ids])).logits[:, -1]
         torch.testing.assert_close(logits, tensors[f"i2t{k}_last_logits"], atol=1e-4, rtol=0)
@@ -100,13 +103,15 @@ def test_parts_load_when_they_are_needed(tar_repo, picture):
     pipe = TarPipeline.from_pretrained(tar_repo)
     assert not pipe._loaded
     pipe.generate_text("What is it?", images=picture, scale=3, max_new_tokens=3)
-    assert set(pipe._loaded) == {"image_processor", "encoder"}
+    assert set(pipe._loaded) == {"model", "image_processor", "encoder"}
     assert not hasattr(pipe.encoder, "decoder")
     pipe.free()
     pipe("a cat", scale=3)
-    assert set(pipe._loaded) == {"image_processor", "decoder", "detokenizer"}
+    assert set(pipe._loaded) == {"model", "image_processor", "decoder", "detokenizer"}
     assert not hasattr(pipe.decoder, "encoder")
+    pipe.free("model")
     pipe.reconstruct(picture, scale=3)
+    assert "model" not in pipe._loaded  # pictures to codes and back need no language model
     assert pipe.encoder.quantizer is pipe.decoder.quantizer  # the codebook is in memory once
     pipe.free("detokenizer")
     assert "detokenizer" not in pipe._loaded
@@ -166,7 +171,7 @@ def test_images_in_prompts(pipe, picture):
     assert torch.equal(plain, marked)
     images = [picture, picture.rotate(90)]
     assert pipe("from <image> to <image>", images=images, **options).codes.shape == (1, 81)
-    ids = pipe._prompt_ids(_user("from <image> to <image>"), list(pipe.encode(images, scale=3)))
+    ids = pipe._prompt_ids(user_turns("from <image> to <image>"), list(pipe.encode(images, scale=3)))
     assert sum(token >= pipe.vocabulary.first_code_id for token in ids) == 2 * 81
 
 

@@ -28,7 +28,7 @@ def _describe(arguments):
     check_model(arguments, "ta_tok")
     check_prompts([arguments.question], pictures=1)
     check_pictures([arguments.image])
-    pipe = load_model(arguments, "encoder")
+    pipe = load_model(arguments, "model", "encoder")
     options = {"scale": arguments.scale, "max_new_tokens": arguments.max_new_tokens}
     with progress() as report:
         text = pipe.generate_text(arguments.question, images=arguments.image, callback=report, **options)

@@ -67,7 +67,7 @@ def _generate(arguments):
     check_model(arguments, "ta_tok", "detokenizer")
     check_prompts(prompts, len(arguments.image))
     check_pictures(arguments.image)
-    pipe = load_model(arguments, *(["encoder"] if arguments.image else []), "decoder", "detokenizer")
+    pipe = load_model(arguments, *(["encoder"] if arguments.image else []), "model", "decoder", "detokenizer")
 
     options = {name: getattr(arguments, name) for name in SETTINGS}
     settings = {"command": "generate", **model_settings(arguments), **options, "batch_size": arguments.batch_size}

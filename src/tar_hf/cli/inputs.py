@@ -31,7 +31,7 @@ def check_prompts(prompts: list[str], pictures: int):
         except UnicodeEncodeError:
             raise ValueError(f"a prompt must be text in UTF-8, got {prompt!r}") from None
 
-    from tar_hf.pipelines.pipeline_tar import IMAGE, VISUAL_TEXT
+    from tar_hf.pipelines.tar_prompts import IMAGE, VISUAL_TEXT
 
     for prompt in prompts:
         if marks := prompt.count(IMAGE):

@@ -6,7 +6,6 @@ image loads no de-tokenizer, and drawing one no vision encoder.
 """
 
 import json
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from .tar_prompts import IMAGE, SYSTEM, VISUAL_TEXT, as_lists, check_counts, user_turns
 from .tar_repository import PARTS_FILE, RepoFolder, local_folder, write_pipeline_code
 from .tar_sampling import Callback, TextOnly, Watch, known_options, make_generators, report, watch_pixels
 
@@ -39,9 +39,6 @@ except ImportError:  # in a Hub repository, where the files stand side by side
     from .modeling_ar_detok import SeededDraw
     from .visual_vocabulary import CODE, IMAGE_END, IMAGE_START, SCALE, VisualVocabulary
 
-SYSTEM = "You are a helpful assistant."
-IMAGE = "<image>"
-VISUAL_TEXT = re.compile(r"<I\d+>|<im_start>|<im_end>")
 # Settings of a model that do more to the logits than the output layer, so that a slice of that layer is not enough.
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -78,7 +75,7 @@ class TarPipeline:
     `Interrupted`.
 
     Args:
-        model (`PreTrainedModel`): A causal language model with visual tokens.
+        model (`PreTrainedModel` or a function): A causal language model with visual tokens, or what loads it.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         ta_tok (`TATokModel`, `str` or `Path`, *optional*): The image tokenizer, or where it is.
         image_processor (`TATokImageProcessor`, *optional*): By default the one that stands with `ta_tok`.
@@ -87,11 +84,14 @@ class TarPipeline:
     """
 
     def __init__(self, model, tokenizer, ta_tok=None, image_processor=None, detokenizer=None, load_options=None):
-        self.model, self.tokenizer = model, tokenizer
-        self.vocabulary = _find_vocabulary(model, tokenizer)
-        self._sources = {"ta_tok": ta_tok, "detokenizer": detokenizer}
+        self.tokenizer = tokenizer
+        self.vocabulary = VisualVocabulary.from_tokenizer(tokenizer)
+        self._sources = {"model": model, "ta_tok": ta_tok, "detokenizer": detokenizer}
         self._loaded = {"image_processor": image_processor} if image_processor is not None else {}
         self._load_options = load_options or {}
+        self._device = torch.device("cpu")
+        if isinstance(model, nn.Module):
+            self._loaded["model"] = self._check_rows(model)
 
     # Loading and saving
 
@@ -111,7 +111,7 @@ class TarPipeline:
         trust_remote_code: bool | None = None,
     ) -> "TarPipeline":
         """
-        Loads the language model and notes where the other parts are.
+        Loads the tokenizer and notes where the parts are.
 
         Args:
             path (`str` or `Path`): Folder or Hub id. Its root is the language model.
@@ -123,19 +123,22 @@ class TarPipeline:
         hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
         options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
         options = {name: value for name, value in options.items() if value is not None}
-        root = local_folder(path, ["*"], ["ta_tok/*", "detokenizer/*"], **hub)
-        quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
+        root = local_folder(path, ["*.json", "*.txt", "*.jinja", "*.py"], ["ta_tok/*", "detokenizer/*"], **hub)
         tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=trust_remote_code)
-        VisualVocabulary.from_tokenizer(tokenizer)  # raises before the weights are read
-        model = AutoModelForCausalLM.from_pretrained(
-            root, trust_remote_code=trust_remote_code, **options, **quantization
-        ).eval()
-        options |= {"trust_remote_code": trust_remote_code, "hub": hub}
-        return cls.around(model, tokenizer, path, ta_tok, detokenizer, options)
+        quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
+
+        def load():
+            root = local_folder(path, ["*"], ["ta_tok/*", "detokenizer/*"], **hub)
+            return AutoModelForCausalLM.from_pretrained(
+                root, trust_remote_code=trust_remote_code, **options, **quantization
+            )
+
+        part_options = {**options, "trust_remote_code": trust_remote_code, "hub": hub}
+        return cls.around(load, tokenizer, path, ta_tok, detokenizer, part_options)
 
     @classmethod
     def around(cls, model, tokenizer, path, ta_tok=None, detokenizer=None, load_options=None) -> "TarPipeline":
-        """A pipeline of a language model that is loaded already, with the parts that its repository `path` names."""
+        """A pipeline of a language model, or what loads it, with the parts that its repository `path` names."""
         hub = (load_options or {}).get("hub", {})
         notes = local_folder(path, [PARTS_FILE], [], **hub) / PARTS_FILE
         parts = json.loads(notes.read_text()) if notes.is_file() else {}
@@ -156,7 +159,7 @@ class TarPipeline:
         self.tokenizer.save_pretrained(folder)
         parts = {}
         for name, source in self._sources.items():
-            if source is None:
+            if source is None or name == "model":
                 continue
             if isinstance(source, str) and not Path(source).is_dir():
                 parts[name] = source  # a Hub id stays a reference
@@ -189,22 +192,44 @@ class TarPipeline:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        """Where the language model is, or will be."""
+        model = self._loaded.get("model")
+        return self._device if model is None else model.get_input_embeddings().weight.device
 
-    def to(self, *args, **kwargs) -> "TarPipeline":
-        """Moves the language model and the parts that are loaded; later ones follow the language model."""
-        for part in (self.model, *self._loaded.values()):
+    def to(self, device: str | torch.device) -> "TarPipeline":
+        """Moves the parts that are loaded; the others will load there."""
+        self._device = torch.device(device)
+        for part in self._loaded.values():
             if hasattr(part, "to"):
-                part.to(*args, **kwargs)
+                part.to(device)
         return self
 
+    @property
+    def model(self):
+        """The language model."""
+        if "model" not in self._loaded:
+            model = self._check_rows(self._sources["model"]().eval())
+            placed = "device_map" in self._load_options or getattr(model, "is_quantized", False)
+            self._loaded["model"] = model if placed else model.to(self._device)
+        return self._loaded["model"]
+
+    def _check_rows(self, model):
+        rows = model.get_input_embeddings().weight.shape[0]
+        if rows < self.vocabulary.vocab_size:
+            raise ValueError(
+                f"the tokenizer's codes end at id {self.vocabulary.vocab_size - 1}, but the model has {rows} rows"
+            )
+        return model
+
     def free(self, *names: str):
-        """Forgets loaded parts, all or those named: "encoder", "decoder", "detokenizer". They load again on demand."""
-        for name in names or ("encoder", "decoder", "detokenizer"):
-            if name not in ("encoder", "decoder", "detokenizer"):
-                raise ValueError(f"parts are encoder, decoder and detokenizer, got {name!r}")
-            source = self._sources["detokenizer" if name == "detokenizer" else "ta_tok"]
-            if isinstance(source, str | Path | RepoFolder):  # an object that was passed in is the caller's
+        """Forgets loaded parts, all or those named: "model", "encoder", "decoder", "detokenizer". They load again on
+        demand; a part that was passed in as an object stays the caller's."""
+        known = ("model", "encoder", "decoder", "detokenizer")
+        for name in names or known:
+            if name not in known:
+                raise ValueError(f"parts are {', '.join(known)}, got {name!r}")
+            source = self._sources["ta_tok" if name in ("encoder", "decoder") else name]
+            if isinstance(source, str | Path | RepoFolder) or (name == "model" and not isinstance(source, nn.Module)):
                 self._loaded.pop(name, None)
 
     @property
@@ -407,8 +432,8 @@ class TarPipeline:
         Returns:
             `TarPipelineOutput`.
         """
-        prompts, images, _ = _as_lists(prompt, images)
-        _check_counts(prompts, images)
+        prompts, images, _ = as_lists(prompt, images)
+        check_counts(prompts, images)
         for name, value in (("num_images_per_prompt", num_images_per_prompt), ("self_reflect", self_reflect or 1)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
@@ -422,7 +447,9 @@ class TarPipeline:
         self._check_detokenizer(kwargs)
 
         given = self._read(images, image_scale, callback)
-        rows = [self._prompt_ids(_user(text), codes, drawing=scale) for text, codes in zip(prompts, given, strict=True)]
+        rows = [
+            self._prompt_ids(user_turns(text), codes, drawing=scale) for text, codes in zip(prompts, given, strict=True)
+        ]
         candidates = self_reflect or 1
         uniform = torch.stack([torch.rand(candidates, tokens, generator=g, device=g.device).cpu() for g in generators])
         options = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -493,7 +520,7 @@ class TarPipeline:
         for i, row in enumerate(codes):
             prompt, given = requests[i // candidates]
             question = f"{IMAGE}\nDoes this image match the description: {prompt}? Answer yes or no."
-            ids, mask = self._pad([self._prompt_ids(_user(question), [row, *given])])
+            ids, mask = self._pad([self._prompt_ids(user_turns(question), [row, *given])])
             logits = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1).logits[0, -1].float()
             yes, no = (logits[list(ids)].logsumexp(-1) for ids in answers)
             scores.append((yes - no).sigmoid())
@@ -532,10 +559,10 @@ class TarPipeline:
         Returns:
             `str`, or `list[str]` for a list.
         """
-        prompts, images, single = _as_lists(prompt, images)
-        _check_counts(prompts, images)
+        prompts, images, single = as_lists(prompt, images)
+        check_counts(prompts, images)
         rows = [
-            self._prompt_ids(_user(text), codes)
+            self._prompt_ids(user_turns(text), codes)
             for text, codes in zip(prompts, self._read(images, scale, callback), strict=True)
         ]
         texts = self._write(rows, max_new_tokens, do_sample, generator, callback, **kwargs)
@@ -657,43 +684,3 @@ class TarPipeline:
         ids = torch.tensor([[padding] * (length - len(row)) + row for row in rows], device=self.device)
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
         return ids, mask
-
-
-def _find_vocabulary(model, tokenizer) -> VisualVocabulary:
-    vocabulary = VisualVocabulary.from_tokenizer(tokenizer)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if rows < vocabulary.vocab_size:
-        raise ValueError(f"the tokenizer's codes end at id {vocabulary.vocab_size - 1}, but the model has {rows} rows")
-    return vocabulary
-
-
-def _user(text):
-    return [("system", SYSTEM), ("user", text)]
-
-
-def _as_lists(prompt, images):
-    """Prompts, a list of images for each with its marks in place, and whether one prompt was given."""
-    single = isinstance(prompt, str)
-    prompts = [prompt] if single else list(prompt)
-    if not prompts:
-        raise ValueError("expected at least one prompt, got none")
-    if images is None:
-        images = [None] * len(prompts)
-    elif single:
-        images = [images]
-    if len(images) != len(prompts):
-        raise ValueError(f"expected images for each of {len(prompts)} prompts, got {len(images)}")
-    images = [[] if given is None else list(given) if isinstance(given, list | tuple) else [given] for given in images]
-    marked = [
-        text if IMAGE in text else f"{IMAGE}\n" * len(given) + text for text, given in zip(prompts, images, strict=True)
-    ]
-    for text in prompts:
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"a prompt must be text that is not empty, got {text!r}")
-    return marked, images, single
-
-
-def _check_counts(prompts, images):
-    for text, given in zip(prompts, images, strict=True):
-        if text.count(IMAGE) != len(given):
-            raise ValueError(f"the prompt has {text.count(IMAGE)} <image> marks, but {len(given)} images came with it")

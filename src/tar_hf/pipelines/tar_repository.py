@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 PARTS_FILE = "tar.json"  # beside config.json: where the parts are, by folder or repo id
 # What `pipeline("text-to-image", ...)` needs where the package is not installed.
 CODE_FILES = (
-    *("pipeline_text_to_image.py", "pipeline_tar.py", "tar_repository.py", "tar_sampling.py"),
+    *("pipeline_text_to_image.py", "pipeline_tar.py", "tar_prompts.py", "tar_repository.py", "tar_sampling.py"),
     *("visual_vocabulary.py", "modeling_ar_detok.py"),
 )
 
