@@ -294,3 +294,29 @@ def test_bad_images_are_refused_before_any_is_encoded(pipe, picture, tmp_path):
     with pytest.raises(OSError, match=r"cut\.png"):
         pipe.generate_text(["a", "b"], images=[picture, str(tmp_path / "cut.png")], callback=lambda *s: seen.append(s))
     assert not seen
+
+
+def test_streamed_text_and_the_scores_of_sampling(pipe):
+    class Collect:
+        def __init__(self):
+            self.pieces = []
+
+        def put(self, value):
+            self.pieces.append(value)
+
+        def end(self):
+            self.pieces.append(None)
+
+    streamer = Collect()
+    options = {"do_sample": True, "max_new_tokens": 4, "generator": seeds(1)}
+    text = pipe.generate_text("Hello", streamer=streamer, **options)
+    assert text == pipe.generate_text("Hello", **options | {"generator": seeds(1)})
+    tokens = [piece.item() for piece in streamer.pieces[1:-1]]  # the first is the prompt
+    assert streamer.pieces[-1] is None and pipe.tokenizer.decode(tokens, skip_special_tokens=True) == text
+
+
+def test_spelt_visual_tokens_are_refused_before_images_are_encoded(pipe, picture):
+    seen = []
+    with pytest.raises(ValueError, match="must not spell visual tokens such as <im_start>"):
+        pipe.generate_text("<image> <im_start>", images=picture, callback=lambda *step: seen.append(step))
+    assert not seen

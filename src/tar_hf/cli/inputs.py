@@ -23,22 +23,15 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
 
 def check_prompts(prompts: list[str], pictures: int):
     """Raises for a prompt that `TarPipeline` would refuse with so many pictures, before any other is drawn."""
+    from tar_hf.pipelines import tar_prompts
+
     for prompt in prompts:
-        if not prompt.strip():
-            raise ValueError(f"a prompt must be text that is not empty, got {prompt!r}")
         try:
             prompt.encode()
         except UnicodeEncodeError:
             raise ValueError(f"a prompt must be text in UTF-8, got {prompt!r}") from None
-
-    from tar_hf.pipelines.tar_prompts import IMAGE, VISUAL_TEXT
-
-    for prompt in prompts:
-        if marks := prompt.count(IMAGE):
-            if marks != pictures:
-                raise ValueError(f"{prompt!r} has {marks} {IMAGE} marks, but {pictures} images came with it")
-        if spelt := VISUAL_TEXT.search(prompt):
-            raise ValueError(f"a prompt must not spell visual tokens such as {spelt[0]}: pass images")
+    marked, images, _ = tar_prompts.as_lists(prompts, [[None] * pictures for _ in prompts])
+    tar_prompts.check_prompts(marked, images)
 
 
 def check_pictures(files: list[Path]):

@@ -11,6 +11,7 @@ This file travels with converted checkpoints, so it imports nothing else of the 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -493,36 +494,16 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
                 f"allow, got cache_implementation={generation_config.cache_implementation!r}"
             )
         guided = guidance_scale is not None and guidance_scale != 1
-        # The library forgets these two when the loop is a callable.
-        loop_options = {"streamer": kwargs.get("streamer"), "synced_gpus": bool(kwargs.get("synced_gpus"))}
-
-        def decode(model, input_ids, logits_processor, generation_config, **kwargs):
-            # The draw is the last logits processor and leaves one finite score, so that the library's loop, with all
-            # its options, only takes the maximum and does not touch the global generator.
-            draw = None
-            if generation_config.do_sample:
-                draw = SeededDraw(_uniform(len(input_ids), num_tokens, generator, input_ids.device))
-                draw.keep_scores = generation_config.return_dict_in_generate and generation_config.output_scores
-                logits_processor.append(draw)
-                generation_config.do_sample = False
-            output = GenerationMixin._sample(
-                model,
-                input_ids,
-                logits_processor=logits_processor,
-                generation_config=generation_config,
-                **loop_options,
-                **kwargs,
-            )
-            if draw is not None and draw.keep_scores:
-                output.scores = tuple(draw.scores)
-            return output
-
         self.model.check_condition(condition)
         return super().generate(
             # To the library the condition is the prompt's embeddings: it only looks at the shape.
             inputs_embeds=condition,
             generation_config=generation_config,
-            custom_generate=decode,
+            custom_generate=seeded_decoding(
+                lambda rows, device: draw_uniform(rows, num_tokens, generator, device),
+                streamer=kwargs.get("streamer"),
+                synced_gpus=bool(kwargs.get("synced_gpus")),
+            ),
             guidance=(guidance_scale, guidance_interval) if guided else None,
             **kwargs,
         )
@@ -598,8 +579,9 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
 class SeededDraw(LogitsProcessor):
     """Draws each row's token from its processed scores by the uniform number that belongs to the row and the step."""
 
-    def __init__(self, uniform: torch.FloatTensor):
+    def __init__(self, uniform: torch.FloatTensor, start: int = 0):
         self.uniform = uniform  # (rows, steps)
+        self.start = start  # length of the prompt
         self.keep_scores = False
         self.scores = []
 
@@ -607,11 +589,46 @@ class SeededDraw(LogitsProcessor):
         if self.keep_scores:
             self.scores.append(scores)
         cumulative = scores.softmax(-1).cumsum(-1)
-        target = self.uniform[:, input_ids.shape[1], None] * cumulative[:, -1:]
+        target = self.uniform[:, input_ids.shape[1] - self.start, None] * cumulative[:, -1:]
         # `right` finds the first token whose end lies beyond the number, so never one of probability zero.
         token = torch.searchsorted(cumulative, target, right=True)
         token = torch.where(token < scores.shape[-1], token, scores.argmax(-1, keepdim=True))  # target rounded up
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+def seeded_decoding(make_uniform: Callable[[int, torch.device], torch.FloatTensor], **loop_options) -> Callable:
+    """
+    A `custom_generate` that samples by uniform numbers which belong to the rows, and searches greedily as ever.
+
+    The draw is the last logits processor and leaves one finite score, so that the library's loop, with all its options,
+    only takes the maximum and does not touch the global generator.
+
+    Args:
+        make_uniform (`Callable`): Number of rows and device -> uniform numbers (rows, steps). Called when there is
+            something to sample.
+        loop_options: `streamer` and `synced_gpus`, which the library forgets when the loop is a callable.
+    """
+
+    def decode(model, input_ids, logits_processor, generation_config, **kwargs):
+        draw = None
+        if generation_config.do_sample:
+            draw = SeededDraw(make_uniform(len(input_ids), input_ids.device), start=input_ids.shape[1])
+            draw.keep_scores = generation_config.return_dict_in_generate and generation_config.output_scores
+            logits_processor.append(draw)
+            generation_config.do_sample = False
+        output = GenerationMixin._sample(
+            model,
+            input_ids,
+            logits_processor=logits_processor,
+            generation_config=generation_config,
+            **loop_options,
+            **kwargs,
+        )
+        if draw is not None and draw.keep_scores:
+            output.scores = tuple(draw.scores)
+        return output
+
+    return decode
 
 
 def _keep_first_rows(cache: Cache, rows: int):
@@ -626,7 +643,7 @@ def _keep_first_rows(cache: Cache, rows: int):
             torch._dynamo.mark_static_address(layer.values)
 
 
-def _uniform(batch_size, length, generator, device):
+def draw_uniform(batch_size, length, generator, device):
     """Uniform numbers (batch, length), row i from generator i alone; never from the global one, also without any."""
     if generator is None:
         generator = torch.Generator()

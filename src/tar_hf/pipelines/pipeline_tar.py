@@ -20,7 +20,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
-    GenerationMixin,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -28,15 +27,15 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .tar_prompts import IMAGE, SYSTEM, VISUAL_TEXT, as_lists, check_counts, user_turns
+from .tar_prompts import IMAGE, SYSTEM, as_lists, check_prompts, check_text, user_turns
 from .tar_repository import PARTS_FILE, RepoFolder, local_folder, write_pipeline_code
 from .tar_sampling import Callback, TextOnly, Watch, known_options, make_generators, report, watch_pixels
 
 try:
-    from tar_hf.modeling.modeling_ar_detok import SeededDraw
+    from tar_hf.modeling.modeling_ar_detok import SeededDraw, draw_uniform, seeded_decoding
     from tar_hf.modeling.visual_vocabulary import CODE, IMAGE_END, IMAGE_START, SCALE, VisualVocabulary
 except ImportError:  # in a Hub repository, where the files stand side by side
-    from .modeling_ar_detok import SeededDraw
+    from .modeling_ar_detok import SeededDraw, draw_uniform, seeded_decoding
     from .visual_vocabulary import CODE, IMAGE_END, IMAGE_START, SCALE, VisualVocabulary
 
 # Settings of a model that do more to the logits than the output layer, so that a slice of that layer is not enough.
@@ -192,9 +191,9 @@ class TarPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the language model is, or will be."""
-        model = self._loaded.get("model")
-        return self._device if model is None else model.get_input_embeddings().weight.device
+        """Where the language model is, or, before it is loaded, another part, or where they will be."""
+        loaded = [self._loaded[name] for name in ("model", "decoder", "encoder") if name in self._loaded]
+        return loaded[0].device if loaded else self._device
 
     def to(self, device: str | torch.device) -> "TarPipeline":
         """Moves the parts that are loaded; the others will load there."""
@@ -274,7 +273,8 @@ class TarPipeline:
     def _fetch(self, source) -> Path:
         if isinstance(source, RepoFolder):
             return source.fetch()
-        return local_folder(source, ["*"], [], **self._load_options.get("hub", {}))
+        # Another repository: the revision is one of this.
+        return local_folder(source, ["*"], [], **{**self._load_options.get("hub", {}), "revision": None})
 
     def _ta_tok_half(self, half, other):
         if half not in self._loaded:
@@ -433,7 +433,7 @@ class TarPipeline:
             `TarPipelineOutput`.
         """
         prompts, images, _ = as_lists(prompt, images)
-        check_counts(prompts, images)
+        check_prompts(prompts, images)
         for name, value in (("num_images_per_prompt", num_images_per_prompt), ("self_reflect", self_reflect or 1)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
@@ -451,9 +451,9 @@ class TarPipeline:
             self._prompt_ids(user_turns(text), codes, drawing=scale) for text, codes in zip(prompts, given, strict=True)
         ]
         candidates = self_reflect or 1
-        uniform = torch.stack([torch.rand(candidates, tokens, generator=g, device=g.device).cpu() for g in generators])
+        uniform = draw_uniform(len(generators), candidates * tokens, generators, "cpu").view(-1, tokens)
         options = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        codes = self._draw_codes(rows, uniform.flatten(0, 1), callback=callback, **options)
+        codes = self._draw_codes(rows, uniform, callback=callback, **options)
         scores = None
         if self_reflect is not None:
             requests = [request for request in zip(prompts, given, strict=True) for _ in range(num_images_per_prompt)]
@@ -479,14 +479,14 @@ class TarPipeline:
                 warpers.append(TopKLogitsWarper(top_k))
             if top_p < 1:
                 warpers.append(TopPLogitsWarper(top_p))
-            warpers.append(SeededDraw(uniform.to(self.device)))
+            warpers.append(SeededDraw(uniform.to(self.model.device)))
         ids, mask = self._pad(rows)
         cache = DynamicCache(config=self.model.config)
         logits = self._visual_logits(ids, mask, cache).repeat_interleave(copies, 0)
         mask = mask.repeat_interleave(copies, 0)
         if copies > 1:
             cache.batch_repeat_interleave(copies)
-        codes = torch.empty(len(uniform), 0, dtype=torch.long, device=self.device)
+        codes = torch.empty(len(uniform), 0, dtype=torch.long, device=self.model.device)
         for step in range(1, tokens + 1):
             drawn = warpers(codes, logits).argmax(-1, keepdim=True)
             codes = torch.cat([codes, drawn], 1)
@@ -560,7 +560,7 @@ class TarPipeline:
             `str`, or `list[str]` for a list.
         """
         prompts, images, single = as_lists(prompt, images)
-        check_counts(prompts, images)
+        check_prompts(prompts, images)
         rows = [
             self._prompt_ids(user_turns(text), codes)
             for text, codes in zip(prompts, self._read(images, scale, callback), strict=True)
@@ -597,6 +597,8 @@ class TarPipeline:
                 else:
                     raise ValueError(f"a part of a message is text or image, got {part['type']!r}")
             turns.append((role, text))
+        for _, text in turns:
+            check_text(text)
         if not turns or turns[-1][0] == "assistant":
             raise ValueError("the last message must be the user's")
         if turns[0][0] != "system":
@@ -613,31 +615,20 @@ class TarPipeline:
             raise ValueError("generator only applies when text is sampled: pass do_sample=True")
         generators = make_generators(generator, len(rows)) if do_sample else None
 
-        def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **options):
-            # As in ARDeTokForCausalLM.generate: the last processor draws, so that the global generator stays untouched.
-            if do_sample:
-                uniform = [torch.rand(max_new_tokens, generator=g, device=g.device).cpu() for g in generators]
-                past = torch.zeros(len(rows), input_ids.shape[1])
-                logits_processor.append(SeededDraw(torch.cat([past, torch.stack(uniform)], 1).to(input_ids.device)))
-                generation_config.do_sample = False
-            # Before everything else that looks at the scores: text has no visual tokens.
-            logits_processor.insert(0, TextOnly(self.vocabulary))
-            stopping_criteria.append(Watch(callback, input_ids.shape[1], max_new_tokens))
-            return GenerationMixin._sample(
-                model,
-                input_ids,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                generation_config=generation_config,
-                **options,
-            )
-
         sequences = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
-            custom_generate=decode,
+            custom_generate=seeded_decoding(
+                lambda rows, device: draw_uniform(rows, max_new_tokens, generators, device),
+                streamer=kwargs.get("streamer"),
+            ),
+            logits_processor=[TextOnly(self.vocabulary), *(kwargs.pop("logits_processor", None) or [])],
+            stopping_criteria=[
+                Watch(callback, ids.shape[1], max_new_tokens),
+                *(kwargs.pop("stopping_criteria", None) or []),
+            ],
             **kwargs,
         )
         return self.tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
@@ -657,10 +648,6 @@ class TarPipeline:
         """
         messages = []
         for role, text in turns:
-            if VISUAL_TEXT.search(text):
-                raise ValueError(
-                    f"a prompt must not spell visual tokens such as {VISUAL_TEXT.search(text)[0]}: pass images"
-                )
             stand_in = CODE.format(0)
             if role == "assistant":
                 stand_in = f"{IMAGE_START}{SCALE.format(image_scale - 1)}{stand_in}{IMAGE_END}"
@@ -681,6 +668,6 @@ class TarPipeline:
         """Rows of token ids, padded on the left, and their mask."""
         length = max(map(len, rows))
         padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        ids = torch.tensor([[padding] * (length - len(row)) + row for row in rows], device=self.device)
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        ids = torch.tensor([[padding] * (length - len(row)) + row for row in rows], device=self.model.device)
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
         return ids, mask

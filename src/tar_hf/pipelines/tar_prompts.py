@@ -36,7 +36,14 @@ def as_lists(prompt, images):
     return marked, images, single
 
 
-def check_counts(prompts, images):
+def check_prompts(prompts, images):
+    """Raises for prompts that `as_lists` gave whose images don't fit their marks, or that spell visual tokens."""
     for text, given in zip(prompts, images, strict=True):
         if text.count(IMAGE) != len(given):
-            raise ValueError(f"the prompt has {text.count(IMAGE)} <image> marks, but {len(given)} images came with it")
+            raise ValueError(f"{text!r} has {text.count(IMAGE)} {IMAGE} marks, but {len(given)} images came with it")
+        check_text(text)
+
+
+def check_text(text):
+    if spelt := VISUAL_TEXT.search(text):
+        raise ValueError(f"a prompt must not spell visual tokens such as {spelt[0]}: pass images")
