@@ -1,0 +1,194 @@
+"""What all stages share: the stock Trainer with metrics of their own, draws that no number of processes changes, and a
+recipe beside every checkpoint."""
+
+import dataclasses
+import difflib
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from tar_hf.training.mixture import Mixture
+from tar_hf.training.recipe import DataRecipe, Recipe, RecipeError, write_recipe
+from tar_hf.training.rows import Row, read_row
+from tar_hf.training.sources import open_source
+
+# What the recipe says in another place, or what the order of the samples rests on.
+FIXED = {
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "data_seed": "seed",
+    "train_sampling_strategy": None,
+    "remove_unused_columns": None,
+}
+
+
+class TarTrainer(Trainer):
+    """
+    The stock Trainer, with three things that the stages need.
+
+    - `track(name, value)` averages a value over steps and processes until the next log line. Names are listed in
+      `metric_names`, so that every process reduces the same ones.
+    - `step_random()` and `row_generators(rows)` draw by step and by place in the global batch: the same on one process
+      or many, with or without gradient accumulation, before and after a resume.
+    - Every checkpoint holds the resolved recipe.
+    """
+
+    metric_names: Sequence[str] = ()
+
+    def __init__(self, *args, recipe: Recipe | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.recipe = recipe
+        self._sums = None  # (metrics, 2): weighted sum and weight
+        self._place = (-1, 0)  # step, and batch of this process within it
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        step, batch = self._place
+        self._place = (step, batch + 1) if step == self.state.global_step else (self.state.global_step, 0)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def step_random(self) -> random.Random:
+        """Draws that all processes and accumulated batches of a step share."""
+        return random.Random(f"{self.args.seed}/{self.state.global_step}")
+
+    def draw_scale(self, weights: dict[int, float]) -> int:
+        """A TA-Tok scale for the whole step, by weight. In evaluation the first."""
+        if not self.model.training:
+            return next(iter(weights))
+        return self.step_random().choices(list(weights), list(weights.values()))[0]
+
+    def row_generators(self, rows: int) -> list[torch.Generator]:
+        """A CPU generator for each row of the batch, by its place in the step's global batch."""
+        batch = self._place[1] * self.args.world_size + self.args.process_index
+        step = self.state.global_step if self.model.training else "evaluation"
+        seeds = (random.Random(f"{self.args.seed}/{step}/{batch * rows + row}") for row in range(rows))
+        return [torch.Generator().manual_seed(seed.getrandbits(63)) for seed in seeds]
+
+    def track(self, name: str, value: torch.Tensor | float, weight: torch.Tensor | float = 1.0):
+        """Adds a value to the mean that the next log line shows. Waits for no device."""
+        if not self.model.training:
+            return
+        if self._sums is None:
+            self._sums = torch.zeros(len(self.metric_names), 2, dtype=torch.float64, device=self.args.device)
+        value = torch.as_tensor(value, dtype=torch.float64).detach().to(self._sums.device)
+        weight = torch.as_tensor(weight, dtype=torch.float64).detach().to(self._sums.device)
+        self._sums[self.metric_names.index(name)] += torch.stack([value * weight, weight])
+
+    def metrics(self) -> dict[str, float]:
+        """The means since the last log line, over all processes. Every process calls it. Stages may add to it."""
+        if self._sums is None:
+            self._sums = torch.zeros(len(self.metric_names), 2, dtype=torch.float64, device=self.args.device)
+        sums = self.accelerator.reduce(self._sums.float(), "sum").double().cpu()
+        self._sums.zero_()
+        return {
+            name: (total / weight).item()
+            for name, (total, weight) in zip(self.metric_names, sums, strict=True)
+            if weight
+        }
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        if "loss" in logs:
+            logs.update(self.metrics())
+            if isinstance(self.train_dataset, Mixture) and self.train_dataset.bad_rows:
+                logs["bad_rows"] = self.train_dataset.bad_rows
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        super()._save(output_dir, state_dict)
+        if self.recipe is not None and self.args.should_save:
+            write_recipe(self.recipe, output_dir or self.args.output_dir)
+
+
+def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
+    """
+    `TrainingArguments` of a recipe.
+
+    Args:
+        recipe (`Recipe`): Its `training` names the fields.
+        stage: The stage's defaults, which the recipe may override.
+
+    Raises:
+        `RecipeError`: an unknown field, one that the recipe says elsewhere, or a value that the library refuses.
+    """
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    for key in recipe.training:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise RecipeError(
+                f"training.{key} is no field of TrainingArguments" + (f", did you mean {near[0]}?" if near else "")
+            )
+        if key in FIXED:
+            elsewhere = f": say {FIXED[key]} at the top of the recipe" if FIXED[key] else ""
+            raise RecipeError(f"training.{key} cannot be set here{elsewhere}")
+    defaults = {"report_to": "none", "logging_steps": 10, "dataloader_drop_last": True, "save_total_limit": 3}
+    options = {**defaults, **stage, **recipe.training}
+    # Every process reads its own share: nothing is read by one and sent to the others.
+    options["accelerator_config"] = {"dispatch_batches": False, **(options.get("accelerator_config") or {})}
+    try:
+        return TrainingArguments(
+            output_dir=recipe.output_dir,
+            seed=recipe.seed,
+            data_seed=recipe.seed,
+            remove_unused_columns=False,
+            train_sampling_strategy="sequential",  # the mixture shuffles
+            **options,
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        raise RecipeError(f"training: {' '.join(str(error).split())}") from error
+
+
+def open_data(
+    data: DataRecipe, arguments: TrainingArguments, transform: Callable, reader: Callable[..., Row] = read_row
+) -> tuple[Mixture, Mixture | None]:
+    """
+    The training samples, exactly as many as the run takes, and the held-out rows where the recipe names some.
+
+    Sets `max_steps`: `num_train_epochs` counts passes in which every row of every source comes at least once.
+    """
+    sources = [open_source(source, arguments.seed) for source in data.sources]
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    options = {"seed": arguments.seed, "max_bad_rows": data.max_bad_rows, "reader": reader}
+    train = Mixture(sources, transform, num_samples=batch, **options)
+    if arguments.max_steps <= 0:
+        arguments.max_steps = max(1, -(-int(train.epoch_length * arguments.num_train_epochs) // batch))
+    train.num_samples = batch * arguments.max_steps
+    held_out = None
+    if data.eval_sources:
+        held_out = [open_source(source, arguments.seed) for source in data.eval_sources]
+        held_out = Mixture(held_out, transform, shuffle=False, **options)
+    return train, held_out
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run: a killed process may have left half of one."""
+    folders = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    for checkpoint in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        try:
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())  # written last
+            return checkpoint
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def run(trainer: TarTrainer) -> Path:
+    """
+    Trains, going on from the newest checkpoint in the output folder, and saves the result there.
+
+    Returns the folder: a repository, with the run's checkpoints in it.
+    """
+    output = Path(trainer.args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    if trainer.recipe is not None and trainer.is_world_process_zero():
+        write_recipe(trainer.recipe, output)
+    checkpoint = last_checkpoint(output)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    trainer.save_model()
+    trainer.save_state()
+    return output
