@@ -6,7 +6,7 @@ import signal
 import sys
 
 from tar_hf._version import __version__
-from tar_hf.cli import assemble, codes, convert, describe, generate, push
+from tar_hf.cli import assemble, codes, convert, describe, generate, push, train
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,6 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_parser(commands)
     assemble.add_parser(commands)
     push.add_parser(commands)
+    train.add_parser(commands)
     return parser
 
 

@@ -1,5 +1,6 @@
 """Recipes: one YAML file says what a training run does, and a resolved copy of it lies beside every checkpoint."""
 
+import copy
 import dataclasses
 import difflib
 import re
@@ -128,7 +129,7 @@ def load_recipe(kind: type[R], source: str | Path | dict, overrides: Sequence[st
     Raises:
         `RecipeError`: an unknown key, with the nearest known one, a missing key, or a value of another type.
     """
-    content = dict(source) if isinstance(source, dict) else _read_yaml(Path(source))
+    content = copy.deepcopy(source) if isinstance(source, dict) else _read_yaml(Path(source))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -140,8 +141,39 @@ def load_recipe(kind: type[R], source: str | Path | dict, overrides: Sequence[st
 def write_recipe(recipe: Recipe, folder: str | Path):
     """Writes the resolved recipe and the code's version as `recipe.yaml`, which `load_recipe` reads again."""
     header = "".join(f"# {name}: {value}\n" for name, value in code_version().items())
-    body = yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
-    (Path(folder) / RECIPE_FILE).write_text(header + body)
+    (Path(folder) / RECIPE_FILE).write_text(header + show_recipe(recipe), encoding="utf-8")
+
+
+def show_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, with every default in its place."""
+    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def check_same_run(recipe: Recipe, folder: str | Path):
+    """
+    Raises a `RecipeError` where the run in a folder had another recipe, so that going on would be something else.
+
+    `training` may differ: more steps or another learning rate are a way to go on.
+    """
+    file = Path(folder) / RECIPE_FILE
+    if not file.is_file():
+        return
+    before, now = (_flat({**content, "training": None}) for content in (_read_yaml(file), dataclasses.asdict(recipe)))
+    for key in [*before, *now]:
+        if before.get(key) != now.get(key):
+            raise RecipeError(
+                f"{folder} holds a run with {key}={before.get(key)!r}, and this recipe says {now.get(key)!r}: go on "
+                "with that recipe, or choose another output_dir"
+            )
+
+
+def _flat(content, name=""):
+    if isinstance(content, dict | list):
+        items = content.items() if isinstance(content, dict) else enumerate(content)
+        return {
+            key: value for k, item in items for key, value in _flat(item, f"{name}.{k}" if name else str(k)).items()
+        }
+    return {name: content}
 
 
 def code_version() -> dict[str, str]:

@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tar_hf.training.mixture import Mixture
-from tar_hf.training.recipe import DataRecipe, Recipe, RecipeError, write_recipe
+from tar_hf.training.recipe import DataRecipe, Recipe, RecipeError, check_same_run, write_recipe
 from tar_hf.training.rows import Row, read_row
 from tar_hf.training.sources import open_source
 
@@ -185,9 +185,9 @@ def run(trainer: TarTrainer) -> Path:
     """
     output = Path(trainer.args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    if trainer.recipe is not None and trainer.is_world_process_zero():
-        write_recipe(trainer.recipe, output)
     checkpoint = last_checkpoint(output)
+    if trainer.recipe is not None and checkpoint is not None:
+        check_same_run(trainer.recipe, checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     trainer.save_model()
     trainer.save_state()

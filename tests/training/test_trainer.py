@@ -1,0 +1,184 @@
+"""What the stages share, on a language model of one layer that learns letters."""
+
+import json
+import random
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from tar_hf.training import trainer as training
+from tar_hf.training.recipe import Recipe, RecipeError, load_recipe
+
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def letters(row, draw):
+    """The last turn's text as ids, and a number drawn for the sample."""
+    return {"ids": torch.tensor([ord(letter) - 97 for letter in row.turns[-1][1]]), "number": draw.random()}
+
+
+def collate(examples):
+    ids = torch.stack([example["ids"] for example in examples])
+    return {"input_ids": ids, "labels": ids}
+
+
+class LetterTrainer(training.TarTrainer):
+    metric_names = ("letters", "scale_1")
+
+    def compute_loss(self, model, inputs, **kwargs):
+        self.seen = getattr(self, "seen", [])
+        generators = self.row_generators(len(inputs["input_ids"]))
+        self.seen.append(
+            (
+                self.state.global_step,
+                self.draw_scale({1: 2, 2: 1, 3: 1}),
+                [round(torch.rand(1, generator=generator).item(), 6) for generator in generators],
+                ["".join(chr(97 + i) for i in row) for row in inputs["input_ids"].tolist()],
+            )
+        )
+        self.track("letters", inputs["input_ids"].double().mean(), len(inputs["input_ids"]))
+        return super().compute_loss(model, inputs, **kwargs)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Gives a function that builds a trainer of a recipe with 24 rows of four letters."""
+    rows = tmp_path / "rows.jsonl"
+    source = random.Random(0)
+    words = ["".join(source.choices("abcdefgh", k=4)) for _ in range(24)]
+    conversation = [{"from": "human", "value": "say"}]
+    rows.write_text(
+        "\n".join(json.dumps({"conversations": [*conversation, {"from": "gpt", "value": word}]}) for word in words)
+    )
+
+    def build(output="out", **options):
+        defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 3}
+        defaults |= {"disable_tqdm": True, "use_cpu": True}
+        recipe = load_recipe(
+            Recipe,
+            {
+                "output_dir": str(tmp_path / output),
+                "data": {"sources": [{"path": str(rows)}]},
+                "training": {**defaults, **options},
+            },
+        )
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=26, num_key_value_heads=2, **SIZES))
+        arguments = training.training_arguments(recipe, learning_rate=1e-2)
+        data, _ = training.open_data(recipe.data, arguments, letters)
+        return LetterTrainer(model, arguments, collate, train_dataset=data, recipe=recipe)
+
+    return build
+
+
+def losses(trainer):
+    return {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
+
+
+def test_a_killed_run_goes_on_as_an_unbroken_one(make, tmp_path):
+    unbroken = make("unbroken")
+    training.run(unbroken)
+
+    killed = make("killed")
+    compute_loss = killed.compute_loss
+
+    def die(*args, **kwargs):
+        if killed.state.global_step == 4:
+            raise KeyboardInterrupt
+        return compute_loss(*args, **kwargs)
+
+    killed.compute_loss = die
+    with pytest.raises(KeyboardInterrupt):
+        training.run(killed)
+    # What a kill in the middle of writing leaves: weights, and no state yet.
+    shutil.copytree(tmp_path / "killed" / "checkpoint-3", tmp_path / "killed" / "checkpoint-4")
+    (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4')
+    assert training.last_checkpoint(tmp_path / "killed").name == "checkpoint-3"
+
+    resumed = make("killed")
+    training.run(resumed)
+    assert resumed.seen == unbroken.seen[3:]
+    assert losses(resumed) == pytest.approx(losses(unbroken), abs=1e-7)
+    for name, weight in resumed.model.state_dict().items():
+        assert torch.equal(weight, unbroken.model.state_dict()[name])
+    for folder in ("", "checkpoint-3", "checkpoint-6"):
+        assert load_recipe(Recipe, tmp_path / "killed" / folder / "recipe.yaml") == resumed.recipe
+        Qwen2ForCausalLM.from_pretrained(tmp_path / "killed" / folder)
+
+
+def test_accumulated_batches_draw_as_one_batch_does(make):
+    whole, parts = make("whole"), make("parts", per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    training.run(whole)
+    training.run(parts)
+    joined = [(a[0], a[1], a[2] + b[2], a[3] + b[3]) for a, b in zip(parts.seen[::2], parts.seen[1::2], strict=True)]
+    assert joined == whole.seen
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
+
+
+def test_another_recipe_does_not_go_on(make):
+    training.run(make(max_steps=3))
+    other = make()
+    other.recipe.seed = 1
+    with pytest.raises(RecipeError, match="seed=0, and this recipe says 1"):
+        training.run(other)
+    longer = make(max_steps=4)
+    training.run(longer)
+    assert longer.state.global_step == 4 and len(longer.seen) == 1
+
+
+def test_metrics_are_means_since_the_last_line(make):
+    trainer = make(logging_steps=2)
+    training.run(trainer)
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    for i, log in enumerate(logs):
+        words = [word for seen in trainer.seen[2 * i : 2 * i + 2] for word in seen[3]]
+        assert log["letters"] == pytest.approx(sum(ord(x) - 97 for word in words for x in word) / 32, abs=1e-4)
+        assert "scale_1" not in log  # nothing was tracked
+
+
+def test_scales_are_drawn_two_to_one_to_one(make):
+    trainer = make()
+    drawn = Counter()
+    for step in range(2000):
+        trainer.state.global_step = step
+        drawn[trainer.draw_scale({1: 2, 2: 1, 3: 1})] += 1
+    assert drawn[1] == pytest.approx(1000, abs=80) and drawn[2] == pytest.approx(500, abs=80)
+    trainer.model.eval()
+    assert trainer.draw_scale({1: 2, 2: 1}) == 1
+
+
+def test_epochs_become_steps(make):
+    assert make(max_steps=-1, num_train_epochs=2).args.max_steps == 12
+    assert make(max_steps=-1, num_train_epochs=1, per_device_train_batch_size=10).args.max_steps == 3
+    trainer = make(max_steps=-1, num_train_epochs=1)
+    assert len(trainer.train_dataset) == 24
+    seen = Counter(trainer.train_dataset.locate(i)[1] for i in range(24))
+    assert set(seen.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learningrate": 1}, "training.learningrate is no field of TrainingArguments, did you mean learning_rate"),
+        ({"output_dir": "x"}, "training.output_dir cannot be set here: say output_dir at the top"),
+        ({"train_sampling_strategy": "random"}, "training.train_sampling_strategy cannot be set here"),
+        ({"optim": "none"}, "training: none is not a valid OptimizerNames"),
+    ],
+)
+def test_wrong_training_arguments(make, options, message):
+    with pytest.raises(RecipeError, match=message):
+        make(**options)
+
+
+def test_tensorboard_gets_the_metrics(make, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = make(report_to="tensorboard")
+    training.run(trainer)
+    (file,) = tmp_path.rglob("events.out.tfevents*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    assert len(events.Scalars("train/letters")) == 6
