@@ -396,6 +396,142 @@ def test_straight_through_gradients_reach_the_encoder_and_the_projection(tiny):
     assert tiny.quantizer.embedding.weight.grad is None and not tiny.quantizer.embedding.weight.requires_grad
 
 
+LOSSES = ("feature_loss", "codebook_loss", "commitment_loss", "entropy_loss")
+
+
+def with_loss(model, scale=1, **kwargs):
+    tokens = model.config.num_tokens(scale)
+    teacher_features = torch.randn(2, tokens, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    return model(random_pixels(), scale=scale, teacher_features=teacher_features, **kwargs), teacher_features
+
+
+@pytest.mark.parametrize(("normalized", "temperature"), [(True, 0.1), (False, 1e-3)])
+def test_loss_is_the_weighted_sum_of_its_parts(normalized, temperature):
+    torch.manual_seed(0)
+    weights = {"codebook_loss_weight": 0.7, "commitment_loss_weight": 0.3, "entropy_loss_weight": 0.2}
+    model = TATokModel(tiny_config(l2_normalized=normalized, entropy_loss_temperature=temperature, **weights)).train()
+    output, teacher_features = with_loss(model, scale=2)
+    z = model.in_proj(output.pre_quantized)
+    codebook = model.quantizer.embedding_proj(model.quantizer.embedding.weight)
+    if normalized:
+        z, codebook = F.normalize(z, dim=-1), F.normalize(codebook, dim=-1)
+    distance = (z - codebook[output.codes]).square().mean()
+    scores = z.flatten(0, 1) @ codebook.T if normalized else -torch.cdist(z.flatten(0, 1), codebook).square() / 2
+    probabilities = (scores / temperature).softmax(-1)
+    mean = probabilities.mean(0)
+    entropy = (mean * mean.log()).sum() - (probabilities * probabilities.log()).sum(-1).mean()
+    cosine = F.cosine_similarity(output.features, teacher_features, dim=-1).mean()
+    for name, expected in zip(LOSSES, (1 - cosine, distance, distance, entropy), strict=True):
+        torch.testing.assert_close(output[name], expected, atol=1e-5, rtol=1e-4)
+    expected = 1 - cosine + 0.7 * distance + 0.3 * distance + 0.2 * entropy
+    torch.testing.assert_close(output.loss, expected, atol=1e-5, rtol=1e-4)
+    assert -math.log(50) <= entropy < 0
+    assert torch.equal(output[0], output.loss)  # where the library looks for it
+
+
+@pytest.mark.parametrize(
+    ("part", "learns"),
+    [
+        ("feature_loss", {"encoder", "encode_head", "in_proj", "out_proj", "decoder", "decode_head"}),
+        ("codebook_loss", {"quantizer.embedding_proj"}),
+        ("commitment_loss", {"encoder", "encode_head", "in_proj"}),
+        ("entropy_loss", {"encoder", "encode_head", "in_proj", "quantizer.embedding_proj"}),
+    ],
+)
+def test_each_part_of_the_loss_moves_its_own_weights(part, learns):
+    torch.manual_seed(0)
+    model = TATokModel(tiny_config(entropy_loss_weight=0.1)).train()
+    output, _ = with_loss(model)
+    output[part].backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert {".".join(name.split(".")[: 2 if name.startswith("quantizer") else 1]) for name in moved} == learns
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}])
+@pytest.mark.parametrize("learned", [False, True])
+def test_every_trainable_weight_takes_part_in_the_loss(scale, options, learned):
+    """What DDP and FSDP ask for."""
+    model = TATokModel(tiny_config(learned_temperature=learned)).train()
+    output, _ = with_loss(model, scale, **options)
+    output.loss.backward()
+    unused = {name for name, p in model.named_parameters() if p.grad is None}
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert (
+        unused
+        == frozen
+        == {"quantizer.embedding.weight"} | ({"quantizer.stochastic_temperature_inv"} if learned else set())
+    )
+
+
+def test_samples_pass_the_gradient_straight_through(tiny):
+    tiny.train()
+    output, _ = with_loss(tiny, do_sample=True, temperature=1.0, generator=generators(1, 2))
+    assert (output.codes != with_loss(tiny)[0].codes).float().mean() > 0.5
+    vectors = tiny.quantizer.lookup(output.codes)
+    torch.testing.assert_close(output.features, tiny._decode_vectors(vectors))
+    output.feature_loss.backward()
+    assert tiny.in_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("token_chunk", [512, 7])
+def test_entropy_holds_one_chunk_of_scores(token_chunk):
+    module, z = quantizer(codes=300, dim=8), vectors(count=90, dim=8).requires_grad_()
+    whole = module.entropy_loss(z, 0.05)
+    whole.backward()
+    gradients = [z.grad.clone(), module.embedding_proj.weight.grad.clone()]
+    z.grad = module.embedding_proj.weight.grad = None
+    module.token_chunk = token_chunk
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()) or tensor, lambda x: x):
+        part = module.entropy_loss(z, 0.05)
+    part.backward()
+    torch.testing.assert_close(part, whole)
+    torch.testing.assert_close([z.grad, module.embedding_proj.weight.grad], gradients)
+    assert max(sizes) <= max(z.numel(), 300 * 8)  # no scores are kept for the backward pass
+
+
+def test_entropy_has_a_gradient_where_probabilities_vanish():
+    module, z = quantizer(codes=40, dim=8), vectors(count=5, dim=8).requires_grad_()
+    loss = module.entropy_loss(z, 1e-4)
+    loss.backward()
+    assert loss.isfinite() and z.grad.isfinite().all()
+
+
+def test_loss_under_autocast_is_close(tiny):
+    tiny.train()
+    exact, _ = with_loss(tiny)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, _ = with_loss(tiny)
+    assert output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss, exact.loss, atol=2e-2, rtol=0)
+    output.loss.backward()
+    assert all(p.grad.isfinite().all() for p in tiny.parameters() if p.requires_grad)
+
+
+def test_compiled_training_step_is_the_same(tiny):
+    tiny.train()
+    exact, _ = with_loss(tiny)
+    compiled = torch.compile(tiny, backend="aot_eager")
+    output, _ = with_loss(compiled)
+    torch.testing.assert_close(output.loss, exact.loss)
+    output.loss.backward()
+    assert tiny.quantizer.embedding_proj.weight.grad.abs().sum() > 0
+
+
+def test_teacher_features_of_another_shape(tiny):
+    with pytest.raises(ValueError, match=r"\(2, 9, 24\), got \(2, 36, 24\): pool"):
+        tiny(random_pixels(), scale=2, teacher_features=torch.zeros(2, 36, 24))
+
+
+def test_configurations_from_before_training_load_as_they_were(ta_tok_repo):
+    fields = TATokConfig.from_pretrained(ta_tok_repo()).to_dict()
+    old = {key: value for key, value in fields.items() if "_loss_" not in key}
+    assert len(fields) - len(old) == 4 and TATokConfig(**old).to_dict() == fields
+    weights = {"codebook_loss_weight": 2, "entropy_loss_weight": 0.1}
+    assert TATokConfig.from_dict(tiny_config(**weights).to_dict()).entropy_loss_weight == 0.1
+
+
 def test_frozen_embedding_stays_frozen_after_loading(tiny, tmp_path):
     tiny.save_pretrained(tmp_path)
     loaded = TATokModel.from_pretrained(tmp_path)

@@ -6,7 +6,7 @@ import signal
 import sys
 
 from tar_hf._version import __version__
-from tar_hf.cli import assemble, codes, convert, describe, generate, push, train
+from tar_hf.cli import assemble, codes, convert, describe, generate, merge, pretokenize, push, train
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,7 +21,9 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_parser(commands)
     assemble.add_parser(commands)
     push.add_parser(commands)
+    pretokenize.add_parser(commands)
     train.add_parser(commands)
+    merge.add_parser(commands)
     return parser
 
 

@@ -9,6 +9,7 @@ STAGES = {
     "codes": "drawing codes",
     "pixels": "drawing pixels",
     "text": "writing",
+    "rows": "reading rows",
 }
 
 

@@ -99,28 +99,35 @@ def convert_ar_detok(
         report.notes.append(f"drop_path_rate {args['drop_path_rate']}, a training option, has no counterpart here")
     with new_folder(output) as folder:
         model.save_pretrained(folder)
-        write_model_card(
-            folder,
-            title="AR-DTok, an autoregressive de-tokenizer for TA-Tok",
-            description="Draws an image from TA-Tok features, token by token of a VQ autoencoder that it holds.",
-            source=f"{source.name}, {vqvae.name}",
-            usage=USAGE.replace("REPO", repr(Path(output).name)),
-            facts={
-                "image size": f"{config.image_size} x {config.image_size}",
-                "tokens an image": config.num_image_tokens,
-                "VQ codes": config.vocab_size,
-                "width of the features": config.condition_size,
-                "longest condition": config.max_condition_tokens,
-                "layers": config.num_hidden_layers,
-                "heads": config.num_attention_heads,
-                "width": config.hidden_size,
-                "weights": model.dtype,
-            },
-            pipeline_tag="image-to-image",
-            base_model=base_model,
-            tags=("image-detokenizer",),
-        )
+        write_ar_detok_card(folder, Path(output).name, config, f"{source.name}, {vqvae.name}", base_model)
     return report
+
+
+def write_ar_detok_card(
+    folder: Path, name: str, config: ARDeTokConfig, source: str | None = None, base_model: str | None = None
+):
+    """Writes the model card of an AR-DTok that will be known as `name`."""
+    write_model_card(
+        folder,
+        title="AR-DTok, an autoregressive de-tokenizer for TA-Tok",
+        description="Draws an image from TA-Tok features, token by token of a VQ autoencoder that it holds.",
+        source=source,
+        usage=USAGE.replace("REPO", repr(name)),
+        facts={
+            "image size": f"{config.image_size} x {config.image_size}",
+            "tokens an image": config.num_image_tokens,
+            "VQ codes": config.vocab_size,
+            "width of the features": config.condition_size,
+            "longest condition": config.max_condition_tokens,
+            "layers": config.num_hidden_layers,
+            "heads": config.num_attention_heads,
+            "width": config.hidden_size,
+            "weights": config.dtype,
+        },
+        pipeline_tag="image-to-image",
+        base_model=base_model,
+        tags=("image-detokenizer",),
+    )
 
 
 def _source_name(name):

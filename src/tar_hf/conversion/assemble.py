@@ -10,7 +10,7 @@ from tar_hf.conversion.checkpoint import ConversionError
 from tar_hf.conversion.folder import read_json
 from tar_hf.conversion.model_card import write_model_card
 from tar_hf.conversion.output import new_folder
-from tar_hf.pipelines.tar_repository import PARTS_FILE, write_pipeline_code
+from tar_hf.pipelines.tar_repository import PARTS_FILE, RepoFolder, local_folder, write_pipeline_code
 
 USAGE = """
 from transformers import pipeline
@@ -52,6 +52,29 @@ def assemble(output: str | Path, llm: str | Path, ta_tok: str | Path, detokenize
         )
         write_pipeline_code(folder)
         write_tar_card(folder, Path(output).name, base_model=_base_model(llm))
+
+
+def copy_parts(source: str | Path, folder: str | Path, name: str | None = None):
+    """
+    Makes a language model's folder a whole Tar repository, where the one that it was made from is one.
+
+    Args:
+        source (`str` or `Path`): Folder or Hub id that may have other parts.
+        folder (`str` or `Path`): Folder with a language model. It gets those parts; a part that `source` only refers
+            to stays a reference.
+        name (`str`, *optional*): What its model card calls it. By default the folder's name.
+    """
+    folder = Path(folder)
+    notes = local_folder(source, [PARTS_FILE], []) / PARTS_FILE
+    if not notes.is_file():
+        return
+    for part, where in read_json(notes).items():
+        if where == part:
+            shutil.copytree(RepoFolder(source, part, {}).fetch(), folder / part, dirs_exist_ok=True)
+    shutil.copyfile(notes, folder / PARTS_FILE)
+    write_pipeline_code(folder)
+    if (folder / "ta_tok").is_dir():
+        write_tar_card(folder, name or folder.name)
 
 
 def write_tar_card(folder: Path, name: str, base_model: str | None = None):

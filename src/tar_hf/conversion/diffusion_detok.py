@@ -57,7 +57,7 @@ def convert_diffusion_detok(
     report.extend(vae_report, "vae.")
     scheduler_file = source / "scheduler" / "scheduler_config.json"
     scheduler = _read_scheduler(scheduler_file)
-    negative_condition = _read_negative_condition(source / NEGATIVE)
+    negative_condition = read_negative_condition(source / NEGATIVE)
     report.used.append(NEGATIVE)
     copied = {"transformer": transformer_files, "vae": vae_files, "scheduler": [scheduler_file]}
     left_out = _left_out(source, {source / NEGATIVE, *sum(copied.values(), [])})
@@ -146,7 +146,7 @@ def _read_scheduler(path):
         return scheduler_class.from_config(config)
 
 
-def _read_negative_condition(path) -> NegativeCondition:
+def read_negative_condition(path) -> NegativeCondition:
     features = read_checkpoint(path)
     if not isinstance(features, torch.Tensor) or not features.is_floating_point() or not features.numel():
         tensor = isinstance(features, torch.Tensor)

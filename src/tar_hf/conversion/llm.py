@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from tar_hf.conversion.assign import Report, match_tensors
@@ -81,21 +81,35 @@ def convert_llm(source: str | Path, output: str | Path, base_model: str | None =
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-        write_model_card(
-            folder,
-            title="Tar, a language model that reads and writes images",
-            description="Qwen2 whose vocabulary goes on with the codes of TA-Tok: images are tokens, in and out.",
-            source=source.name,
-            usage=USAGE.replace("REPO", repr(Path(output).name)),
-            facts={
-                "vocabulary": config.vocab_size,
-                "codes": f"{vocabulary.codebook_size}, from id {vocabulary.first_code_id}",
-                "layers, width": f"{config.num_hidden_layers}, {config.hidden_size}",
-            },
-            pipeline_tag="any-to-any",
-            base_model=base_model or {1536: "csuhan/Tar-1.5B", 3584: "csuhan/Tar-7B-v0.1"}.get(config.hidden_size),
-        )
+        base_model = base_model or {1536: "csuhan/Tar-1.5B", 3584: "csuhan/Tar-7B-v0.1"}.get(config.hidden_size)
+        write_llm_card(folder, Path(output).name, config, vocabulary, source.name, base_model)
     return report
+
+
+def write_llm_card(
+    folder: Path,
+    name: str,
+    config: PreTrainedConfig,
+    vocabulary: VisualVocabulary,
+    source: str | None = None,
+    base_model: str | None = None,
+):
+    """Writes the model card of a language model with visual tokens that will be known as `name`."""
+    write_model_card(
+        folder,
+        title="Tar, a language model that reads and writes images",
+        description=f"{config.model_type} whose vocabulary goes on with the codes of TA-Tok: images are tokens, in and "
+        "out.",
+        source=source,
+        usage=USAGE.replace("REPO", repr(name)),
+        facts={
+            "vocabulary": config.vocab_size,
+            "codes": f"{vocabulary.codebook_size}, from id {vocabulary.first_code_id}",
+            "layers, width": f"{config.num_hidden_layers}, {config.hidden_size}",
+        },
+        pipeline_tag="any-to-any",
+        base_model=base_model,
+    )
 
 
 def _clean_fields(fields):

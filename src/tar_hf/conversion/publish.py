@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import constants, create_branch, create_repo, metadata_load, repo_info, upload_folder
@@ -14,7 +15,7 @@ from tar_hf._version import __version__
 
 METADATA = ("license", "library_name", "pipeline_tag")
 PARTS = ("ta_tok", "detokenizer")  # of a Tar repository, beside the language model in its root
-IGNORED = ("__pycache__", ".cache", ".git")  # folders that are not uploaded
+IGNORED = ("__pycache__", ".cache", ".git", "checkpoint-*", "runs")  # folders that are not uploaded
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 TEMPORARY = {".bak", ".incomplete", ".lock", ".orig", ".part", ".swp", ".temp", ".tmp"}
 LARGEST_FILE = 100 * 2**20  # bytes of a file that is not weights: vocabularies have at most some 30 MB
@@ -132,7 +133,7 @@ def _check_card(path):
 def _check_files(folder):
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        if any(part in IGNORED for part in parts):
+        if any(fnmatch(part, pattern) for part in parts for pattern in IGNORED):
             continue
         if path.is_symlink() and not path.is_file():
             raise PublishError(f"{path} is a link that would not be uploaded: put what it points to in its place")

@@ -84,29 +84,42 @@ def convert_ta_tok(
     with new_folder(output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        write_model_card(
-            folder,
-            title="TA-Tok, a text-aligned image tokenizer",
-            description="Turns an image into codes of a codebook that is projected from language-model embeddings, and "
-            "codes into the features that a de-tokenizer draws from.",
-            source=source.name,
-            usage=USAGE.replace("REPO", repr(Path(output).name)),
-            facts={
-                "image size": f"{config.image_size} x {config.image_size}",
-                "codes": f"{config.codebook_size} of width {config.codebook_dim}",
-                "tokens at scale " + ", ".join(map(str, config.scales)): ", ".join(
-                    str(config.num_tokens(scale)) for scale in config.scales
-                ),
-                "width of the features": config.hidden_size,
-                "vision tower": args.get("teacher", "SigLIP"),
-                "layers of it": config.encoder_config.num_hidden_layers,
-                "weights": model.dtype,
-            },
-            pipeline_tag="image-feature-extraction",
-            base_model=base_model,
-            tags=("image-tokenizer",),
-        )
+        card = {"source": source.name, "base_model": base_model, "teacher": args.get("teacher", "SigLIP")}
+        write_ta_tok_card(folder, Path(output).name, config, **card)
     return report
+
+
+def write_ta_tok_card(
+    folder: Path,
+    name: str,
+    config: TATokConfig,
+    teacher: str,
+    source: str | None = None,
+    base_model: str | None = None,
+):
+    """Writes the model card of a TA-Tok that will be known as `name`."""
+    write_model_card(
+        folder,
+        title="TA-Tok, a text-aligned image tokenizer",
+        description="Turns an image into codes of a codebook that is projected from language-model embeddings, and "
+        "codes into the features that a de-tokenizer draws from.",
+        source=source,
+        usage=USAGE.replace("REPO", repr(name)),
+        facts={
+            "image size": f"{config.image_size} x {config.image_size}",
+            "codes": f"{config.codebook_size} of width {config.codebook_dim}",
+            "tokens at scale " + ", ".join(map(str, config.scales)): ", ".join(
+                str(config.num_tokens(scale)) for scale in config.scales
+            ),
+            "width of the features": config.hidden_size,
+            "vision tower": teacher,
+            "layers of it": config.encoder_config.num_hidden_layers,
+            "weights": config.dtype,
+        },
+        pipeline_tag="image-feature-extraction",
+        base_model=base_model,
+        tags=("image-tokenizer",),
+    )
 
 
 def _source_name(name):

@@ -346,6 +346,8 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
         self.model = ARDeTokModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.vqvae = JanusVQVAE._from_config(config.vq_config)
+        # The library's name of a loss that shifts nothing: by it, Trainer counts all of the labels as targets.
+        self.loss_type = "ForMaskedLM"
         # The sampling of the release; a repo's generation_config.json overrides it.
         self.generation_config = GenerationConfig(
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, guidance_scale=4.0
@@ -425,9 +427,7 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
                     f"labels must name the token after the condition and after each input, {tuple(logits.shape[:2])}, "
                     f"got {tuple(labels.shape)}"
                 )
-            loss = self.loss_function(
-                logits=logits, labels=None, shift_labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -555,11 +555,7 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
             raise ValueError(f"pixels must have the shape (batch, 3, {size}, {size}), got {tuple(pixels.shape)}")
         if pixels.numel() and not (pixels.min() >= 0 and pixels.max() <= 1):
             raise ValueError(f"pixels must be in 0..1, got {pixels.min().item():.4g}..{pixels.max().item():.4g}")
-        latents = self.vqvae.quant_conv(self.vqvae.encoder(pixels.to(self.vqvae.dtype) * 2 - 1))
-        # Cosine decides, as in LlamaGen. JanusVQVAE.encode compares by distance and finds other tokens.
-        latents = F.normalize(latents.float().flatten(2).mT, dim=-1)
-        codebook = F.normalize(self.vqvae.quantize.embedding.weight.float(), dim=-1)
-        return torch.stack([(rows @ codebook.mT).argmax(-1) for rows in latents])
+        return nearest_vq_tokens(self.vqvae, pixels)
 
     @torch.no_grad()
     def detokenize(
@@ -574,6 +570,16 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
         `kwargs` are the options of [`~ARDeTokForCausalLM.generate`], for instance `guidance_scale` and `temperature`.
         """
         return self.decode_ids(self.generate(features, generator=generator, **kwargs)).clamp(0, 1)
+
+
+@torch.no_grad()
+def nearest_vq_tokens(vqvae: JanusVQVAE, pixels: torch.FloatTensor) -> torch.LongTensor:
+    """Pixels (B, 3, H, H) in 0..1 -> VQ tokens (B, M) of an autoencoder, which needs its encoding half only."""
+    latents = vqvae.quant_conv(vqvae.encoder(pixels.to(vqvae.dtype) * 2 - 1))
+    # Cosine decides, as in LlamaGen. JanusVQVAE.encode compares by distance and finds other tokens.
+    latents = F.normalize(latents.float().flatten(2).mT, dim=-1)
+    codebook = F.normalize(vqvae.quantize.embedding.weight.float(), dim=-1)
+    return torch.stack([(rows @ codebook.mT).argmax(-1) for rows in latents])
 
 
 class SeededDraw(LogitsProcessor):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
@@ -49,6 +50,12 @@ class TATokConfig(PreTrainedConfig):
             Temperature of the softmax over cosines when codes are sampled. `None` where the checkpoint has none.
         learned_temperature (`bool`, *optional*, defaults to `False`):
             Whether the inverse temperature is a weight of the model; `stochastic_temperature` is then not used.
+        codebook_loss_weight (`float`, *optional*, defaults to `1.0`): Of the codes' pull towards the encoder's
+            vectors in the training loss, where the feature loss has the weight 1.
+        commitment_loss_weight (`float`, *optional*, defaults to `0.25`): Of the encoder's pull towards its codes.
+        entropy_loss_weight (`float`, *optional*, defaults to `0.0`): Of a term that spreads the tokens of a batch over
+            the codes. It keeps a small codebook from collapsing, and costs as much as a few more searches.
+        entropy_loss_temperature (`float`, *optional*, defaults to `0.01`): Of the softmax that this term looks at.
         scales (`list[int]`, *optional*, defaults to `[1, 2, 3]`): Pooling factors that `encode` accepts.
         has_encoder, has_decoder (`bool`, *optional*, default to `True`):
             Half a model: `from_pretrained(path, has_encoder=False)` loads what `decode` needs and no vision tower.
@@ -65,6 +72,10 @@ class TATokConfig(PreTrainedConfig):
     l2_normalized: bool = True
     stochastic_temperature: float | int | None = 0.03
     learned_temperature: bool = False
+    codebook_loss_weight: float | int = 1.0
+    commitment_loss_weight: float | int = 0.25
+    entropy_loss_weight: float | int = 0.0
+    entropy_loss_temperature: float | int = 0.01
     scales: list[int] | None = None
     has_encoder: bool = True
     has_decoder: bool = True
@@ -126,16 +137,29 @@ class TATokConfig(PreTrainedConfig):
 class TATokOutput(ModelOutput):
     """
     Args:
+        loss (`torch.FloatTensor`, *optional*): The training loss, a scalar as its parts below. With
+            `teacher_features=`.
         codes (`torch.LongTensor` of shape `(B, N)`): The image's codes, 0..K-1.
         pre_quantized (`torch.FloatTensor` of shape `(B, N, C)`): Features after pooling and the encode head.
         features (`torch.FloatTensor` of shape `(B, N, C)`): What `decode(codes)` gives: the input of a de-tokenizer.
+        feature_loss (`torch.FloatTensor`, *optional*): 1 - cosine(features, teacher's features), mean over tokens.
+        codebook_loss (`torch.FloatTensor`, *optional*): Mean squared distance, a code's coordinate from the encoder's,
+            which moves the codebook's projection alone.
+        commitment_loss (`torch.FloatTensor`, *optional*): The same number, which moves the encoder alone.
+        entropy_loss (`torch.FloatTensor`, *optional*): Entropy of a token's distribution over the codes, less that of
+            the batch's, -log K..0. Where its weight is not 0.
         hidden_states (`tuple[torch.FloatTensor]`, *optional*): Vision tower states, with `output_hidden_states=True`.
         attentions (`tuple[torch.FloatTensor]`, *optional*): Its attention weights, with `output_attentions=True`.
     """
 
+    loss: torch.FloatTensor | None = None
     codes: torch.LongTensor | None = None
     pre_quantized: torch.FloatTensor | None = None
     features: torch.FloatTensor | None = None
+    feature_loss: torch.FloatTensor | None = None
+    codebook_loss: torch.FloatTensor | None = None
+    commitment_loss: torch.FloatTensor | None = None
+    entropy_loss: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
@@ -302,6 +326,34 @@ class TATokQuantizer(nn.Module):
             codes[rows] = torch.searchsorted(inner, rest[rows], right=True).clamp(max=len(vectors) - 1) + start
         return codes[:, 0]
 
+    @torch.compiler.disable
+    def entropy_loss(self, z: torch.Tensor, temperature: float) -> torch.Tensor:
+        """
+        Mean entropy of the tokens' distributions over the codes, less the entropy of their mean: least when every token
+        is sure of its code and the tokens together use all of them (the penalty of MAGVIT-v2, paper 2310.05737).
+
+        Args:
+            z (`torch.FloatTensor` of shape `(T, D)`): The encoder's vectors.
+            temperature (`float`): Of the softmax over scores.
+
+        Returns:
+            A scalar in -log K..0, in nats, with gradient to `z` and to the codebook's projection.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            codebook = self.project(self.embedding.weight)
+            squared_norms = codebook.square().sum(-1)
+
+            def distribution(rows):
+                log_probabilities = (self._scores(rows, codebook, squared_norms) / temperature).log_softmax(-1)
+                probabilities = log_probabilities.exp()
+                return probabilities.sum(0), -(probabilities * log_probabilities).sum()
+
+            # Checkpointed: the backward pass too holds the scores of one chunk of tokens at a time.
+            chunks = [checkpoint(distribution, rows, use_reentrant=False) for rows in z.float().split(self.token_chunk)]
+            mean, entropy = (sum(parts) / len(z) for parts in zip(*chunks, strict=True))
+            # A probability may underflow to 0, where the logarithm has no gradient.
+            return entropy + (mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
+
 
 class _LibraryInitialization:
     """Has SigLIP's layers initialised as in transformers, which spares modules without weights of their own in the
@@ -385,8 +437,11 @@ class TATokModel(TATokPreTrainedModel):
         return loaded
 
     def _freeze(self):
-        """Only the projection of the codebook is trained: the embeddings are the language model's."""
+        """Of the codebook only the projection is trained: the embeddings are the language model's, and through a
+        drawn code no gradient passes to the temperature."""
         self.quantizer.embedding.requires_grad_(False)
+        if self.config.learned_temperature:
+            self.quantizer.stochastic_temperature_inv.requires_grad_(False)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.embeddings.patch_embedding
@@ -460,6 +515,17 @@ class TATokModel(TATokPreTrainedModel):
             )
         return self._decode_vectors(self.quantizer.lookup(codes.long()))
 
+    @staticmethod
+    def pool(hidden_states: torch.FloatTensor, scale: int) -> torch.FloatTensor:
+        """Hidden states of a square grid (B, N1, C) -> averages over scale x scale of them (B, N, C).
+
+        The odd last row and column of a grid that the scale does not divide are dropped: 27 -> 13 at scale 2."""
+        if scale == 1:
+            return hidden_states
+        side = math.isqrt(hidden_states.shape[1])
+        grid = hidden_states.transpose(1, 2).unflatten(2, (side, side))
+        return F.avg_pool2d(grid, scale, stride=scale).flatten(2).transpose(1, 2)
+
     @can_return_tuple
     def forward(
         self,
@@ -468,23 +534,58 @@ class TATokModel(TATokPreTrainedModel):
         do_sample: bool = False,
         temperature: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        teacher_features: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TATokOutput:
-        """Encodes and decodes; arguments as in [`~TATokModel.encode`]. In training mode the features carry a
-        straight-through gradient from the codes to the encoder."""
+        """
+        Encodes and decodes; other arguments as in [`~TATokModel.encode`]. In training mode the features carry a
+        straight-through gradient from the codes to the encoder.
+
+        Args:
+            teacher_features (`torch.FloatTensor` of shape `(B, N, C)`, *optional*): What the features should be, up to
+                their lengths: the teacher's hidden states, pooled by [`~TATokModel.pool`]. With them the output has a
+                loss (paper, section 3.1).
+
+        Raises:
+            `ValueError`: as in `encode`, or teacher's features of another shape than the features.
+        """
         self._require("decoder")
         pre_quantized, encoder_outputs = self._pre_quantize(pixel_values, scale, **kwargs)
         codes, z = self._quantize(pre_quantized, do_sample, temperature, generator)
         vectors = self.quantizer.lookup(codes)
+        passed_on = vectors
         if self.training:
-            vectors = z + (vectors - z).detach()
+            straight = z.to(vectors.dtype)
+            passed_on = straight + (vectors - straight).detach()
+        features = self._decode_vectors(passed_on)
         return TATokOutput(
+            **({} if teacher_features is None else self._losses(features, teacher_features, vectors, z)),
             codes=codes,
             pre_quantized=pre_quantized,
-            features=self._decode_vectors(vectors),
+            features=features,
             hidden_states=encoder_outputs.hidden_states,
             attentions=encoder_outputs.attentions,
         )
+
+    def _losses(self, features, teacher_features, vectors, z):
+        """Features and the teacher's (B, N, C), code vectors and the encoder's (B, N, D) -> the loss and its parts."""
+        if teacher_features.shape != features.shape:
+            raise ValueError(
+                f"teacher_features must have the shape of the features, {tuple(features.shape)}, got "
+                f"{tuple(teacher_features.shape)}: pool(hidden_states, scale) brings them to a scale"
+            )
+        config, vectors = self.config, vectors.float()
+        losses = {
+            "feature_loss": 1 - F.cosine_similarity(features.float(), teacher_features.float(), dim=-1).mean(),
+            "codebook_loss": F.mse_loss(vectors, z.detach()),
+            "commitment_loss": F.mse_loss(z, vectors.detach()),
+        }
+        loss = losses["feature_loss"] + config.codebook_loss_weight * losses["codebook_loss"]
+        loss = loss + config.commitment_loss_weight * losses["commitment_loss"]
+        if config.entropy_loss_weight:
+            losses["entropy_loss"] = self.quantizer.entropy_loss(z.flatten(0, 1), config.entropy_loss_temperature)
+            loss = loss + config.entropy_loss_weight * losses["entropy_loss"]
+        return {"loss": loss, **losses}
 
     def _require(self, half):
         if not hasattr(self, half):
@@ -500,29 +601,28 @@ class TATokModel(TATokPreTrainedModel):
                 f"{tuple(pixel_values.shape)}; TATokImageProcessor resizes images to it"
             )
         encoder_outputs = self.encoder(pixel_values, **kwargs)
-        hidden_states = encoder_outputs.last_hidden_state
-        if scale > 1:
-            # The odd last row and column of a grid that the scale does not divide are dropped: 27 -> 13 at scale 2.
-            side = math.isqrt(hidden_states.shape[1])
-            grid = hidden_states.transpose(1, 2).unflatten(2, (side, side))
-            hidden_states = F.avg_pool2d(grid, scale, stride=scale).flatten(2).transpose(1, 2)
-        return self.encode_head(hidden_states), encoder_outputs
+        return self.encode_head(self.pool(encoder_outputs.last_hidden_state, scale)), encoder_outputs
 
     def _quantize(self, pre_quantized, do_sample, temperature, generator):
-        """Pre-quantised features (B, N, C) -> codes (B, N) and the bottleneck's vectors (B, N, D)."""
-        z = self.in_proj(pre_quantized)
+        """Pre-quantised features (B, N, C) -> codes (B, N) and the bottleneck's vectors (B, N, D) in float32."""
+        z = self.in_proj(pre_quantized).float()
         if self.config.l2_normalized:
-            z = F.normalize(z.float(), dim=-1)
-        flat = z.float().flatten(0, 1)
+            z = F.normalize(z, dim=-1)
+        return self._choose(z.detach(), do_sample, temperature, generator), z
+
+    @torch.compiler.disable
+    def _choose(self, z, do_sample, temperature, generator):
+        """The bottleneck's vectors (B, N, D) -> codes (B, N)."""
+        flat = z.flatten(0, 1)
         if do_sample:
             temperature = self._sampling_temperature(temperature)
-            uniform = _uniform(pre_quantized.shape[0], pre_quantized.shape[1], generator, z.device)
+            uniform = _uniform(*z.shape[:2], generator, z.device)
             codes = self.quantizer.sample(flat, temperature, uniform.flatten())
         elif temperature is not None or generator is not None:
             raise ValueError("temperature and generator only apply when codes are sampled: pass do_sample=True")
         else:
             codes = self.quantizer.nearest(flat)
-        return codes.view(z.shape[:2]), z.to(pre_quantized.dtype)
+        return codes.view(z.shape[:2])
 
     def _sampling_temperature(self, temperature):
         if not self.config.l2_normalized:

@@ -59,6 +59,20 @@ class TarPipelineOutput(ModelOutput):
     scores: torch.FloatTensor | None = None
 
 
+def chat_messages(turns, image_scale=1):
+    """Turns `[(role, text)]` -> messages for a chat template, where `<I0>` stands in for all codes of an image.
+
+    Images of the user come without tags, those of the assistant with them.
+    """
+    messages = []
+    for role, text in turns:
+        stand_in = CODE.format(0)
+        if role == "assistant":
+            stand_in = f"{IMAGE_START}{SCALE.format(image_scale - 1)}{stand_in}{IMAGE_END}"
+        messages.append({"role": role, "content": text.replace(IMAGE, stand_in)})
+    return messages
+
+
 class TarPipeline:
     """
     Text and images to images or text.
@@ -643,15 +657,9 @@ class TarPipeline:
     def _prompt_ids(self, turns, codes, drawing=None, image_scale=1):
         """Token ids of a conversation `[(role, text)]` whose k-th `<image>` is `codes[k]`.
 
-        With `drawing=s` the assistant's turn is opened as far as `<im_start><S{s-1}>`. Images of the user come without
-        tags, those of the assistant with them.
+        With `drawing=s` the assistant's turn is opened as far as `<im_start><S{s-1}>`.
         """
-        messages = []
-        for role, text in turns:
-            stand_in = CODE.format(0)
-            if role == "assistant":
-                stand_in = f"{IMAGE_START}{SCALE.format(image_scale - 1)}{stand_in}{IMAGE_END}"
-            messages.append({"role": role, "content": text.replace(IMAGE, stand_in)})
+        messages = chat_messages(turns, image_scale)
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if drawing is not None:
             text += IMAGE_START + SCALE.format(drawing - 1)

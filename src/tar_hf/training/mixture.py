@@ -4,10 +4,13 @@ Everything that is drawn for sample n depends on the seed and on n alone: the so
 open. So ranks and workers share the samples without talking to each other, and a resumed run goes on with the next one.
 """
 
+import hashlib
 import logging
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,45 @@ BLOCK = 4096  # samples in which the ratios are kept exactly, up to rounding
 
 class TooManyBadRows(RuntimeError):
     """More rows than allowed could not be read."""
+
+
+class BadRows:
+    """
+    Counts and logs the rows that are skipped, over all workers of a process, and raises at more than `limit`.
+
+    A row that comes again, in another pass or evaluation, is logged again but counted once.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        shared = multiprocessing.get_context("spawn")  # whose locks go to forked workers too
+        self._known = shared.Array("q", limit + 1)
+        self._count = shared.Value("l", 0)
+
+    @property
+    def count(self) -> int:
+        return self._count.value
+
+    def add(self, row: str, error: BadRow):
+        """`row` says which one it is: its number and its source."""
+        logger.warning("skipped %s: %s", row, error)
+        key = int.from_bytes(hashlib.blake2b(row.encode(), digest_size=8).digest(), "big", signed=True)
+        with self._count.get_lock():
+            if key in self._known[: self._count.value]:
+                return
+            if self._count.value <= self.limit:
+                self._known[self._count.value] = key
+            self._count.value += 1
+            count = self._count.value
+        if count > self.limit:
+            raise TooManyBadRows(
+                f"{count} rows could not be read, more than max_bad_rows={self.limit}; the last was {row}: {error}"
+            ) from error
+
+    def attempts(self, source: str) -> Iterator[None]:
+        """As many turns as it may take to find a row that is not bad: a source of bad rows alone would have no end."""
+        yield from repeat(None, self.limit + 1)
+        raise TooManyBadRows(f"{self.limit + 1} rows of {source} in a row could not be read: see the log lines above")
 
 
 @dataclass
@@ -42,6 +84,10 @@ class Source:
     folder: str | None = None
     task: str | None = None
 
+    def __post_init__(self):
+        if not 0 < self.ratio < math.inf:
+            raise ValueError(f"{self.name} needs a ratio above 0, got {self.ratio}: leave it out instead")
+
 
 class Mixture(torch.utils.data.Dataset):
     """
@@ -53,8 +99,8 @@ class Mixture(torch.utils.data.Dataset):
             own draws. A `BadRow` that it raises counts as one of the source.
         num_samples (`int`): Length. Without shuffling, by default each row once.
         seed (`int`, *optional*, defaults to `0`): Of everything drawn.
-        max_bad_rows (`int`, *optional*, defaults to `100`): Rows that may be skipped, counted over the workers of this
-            process. Each is logged and another row of the same source takes its place.
+        max_bad_rows (`int`, *optional*, defaults to `100`): How many rows may be bad, counted over the workers of this
+            process. Each is logged, and another row of the same source takes its place.
         shuffle (`bool`, *optional*, defaults to `True`): `False` gives the rows in order, source after source.
         reader (`Callable`, *optional*): Makes a `Row` of the columns: `read_row`, or `read_images` where only
             the pictures count.
@@ -73,20 +119,17 @@ class Mixture(torch.utils.data.Dataset):
         for source in sources:
             if not len(source.rows):
                 raise ValueError(f"{source.name} has no rows")
-            if not source.ratio > 0:
-                raise ValueError(f"{source.name} needs a ratio above 0, got {source.ratio}: leave it out instead")
         if shuffle == (num_samples is None):
             raise ValueError("num_samples belongs to a shuffled mixture, and to no other")
         self.sources = sources
         self.transform = transform
         self.num_samples = sum(len(source.rows) for source in sources) if num_samples is None else num_samples
         self.seed = seed
-        self.max_bad_rows = max_bad_rows
         self.shuffle = shuffle
         self.reader = reader
-        self._schedule, self._rank, self._counts = _block(np.array([source.ratio for source in sources]), seed)
+        self._schedule, self._rank, self._counts = make_block([source.ratio for source in sources], seed)
         self._orders = {}  # source: (pass, order of its rows)
-        self._bad_rows = multiprocessing.Value("l", 0)  # one for all workers
+        self._bad_rows = BadRows(max_bad_rows)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -94,23 +137,27 @@ class Mixture(torch.utils.data.Dataset):
     @property
     def epoch_length(self) -> int:
         """Samples in which every row of every source comes at least once."""
-        shares = self._counts / BLOCK
-        return max(int(np.ceil(len(s.rows) / share)) for s, share in zip(self.sources, shares, strict=True))
+        lengths = []
+        for number, source in enumerate(self.sources):
+            blocks, rest = divmod(len(source.rows) - 1, int(self._counts[number]))
+            last = np.flatnonzero(self._schedule == number)[rest]
+            lengths.append(blocks * BLOCK + int(last) + 1)
+        return max(lengths)
 
     @property
     def bad_rows(self) -> int:
         """Rows skipped so far."""
-        return self._bad_rows.value
+        return self._bad_rows.count
 
     def __getitem__(self, index: int) -> Any:
         number, row = self.locate(index)
         source = self.sources[number]
         draw = random.Random(f"{self.seed}/{index}")
-        while True:
+        for _ in self._bad_rows.attempts(source.name):
             try:
                 return self.transform(self.reader(source.rows[row], draw, source.folder, source.task), draw)
             except BadRow as error:
-                self._count(source, row, error)
+                self._bad_rows.add(f"row {row} of {source.name}", error)
             row = draw.randrange(len(source.rows))
 
     def locate(self, index: int) -> tuple[int, int]:
@@ -136,26 +183,15 @@ class Mixture(torch.utils.data.Dataset):
             self._orders[number] = passes, order.astype(np.uint32 if rows < 2**32 else np.uint64)
         return self._orders[number][1]
 
-    def _count(self, source, row, error):
-        with self._bad_rows.get_lock():
-            self._bad_rows.value += 1
-            count = self._bad_rows.value
-        logger.warning("skipped row %d of %s: %s", row, source.name, error)
-        if count > self.max_bad_rows:
-            raise TooManyBadRows(
-                f"{count} rows could not be read, more than max_bad_rows={self.max_bad_rows}; the last was row {row} "
-                f"of {source.name}: {error}"
-            ) from error
 
-
-def _block(ratios, seed):
+def make_block(ratios: Sequence[float], seed: int | Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sources of a block of samples (BLOCK,), which of its source's samples each is, and how many each source has."""
-    quotas = ratios / ratios.sum() * BLOCK
+    quotas = np.array(ratios) / sum(ratios) * BLOCK
     counts = np.floor(quotas).astype(int)
     counts[np.argsort(counts - quotas, kind="stable")[: BLOCK - counts.sum()]] += 1
     if not counts.all():
-        raise ValueError(f"a source's ratio must be at least 1/{BLOCK} of all, got {ratios.tolist()}")
-    schedule = np.random.default_rng([seed]).permutation(np.repeat(np.arange(len(ratios)), counts))
+        raise ValueError(f"a source's ratio must be at least 1/{BLOCK} of all, got {list(ratios)}")
+    schedule = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(ratios)), counts))
     rank = np.empty(BLOCK, dtype=int)
     for number in range(len(ratios)):
         places = np.flatnonzero(schedule == number)

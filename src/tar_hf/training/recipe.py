@@ -195,9 +195,16 @@ def code_version() -> dict[str, str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 5e-5 for text; here it is a number, as in YAML 1.2."""
+    """YAML 1.2, where the library has 1.1: 5e-5 is a number there and no text, `no` is text and not false."""
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )

@@ -1,7 +1,8 @@
 """One row of training data: a conversation and its images, in every form that the original reads, and pre-tokenised.
 
-Forms (original file `llava/data/dataset.py`): `image` is a path, a list of paths, `{"bytes": ...}` or a list of those;
-`conversations` is a list of `{"from": "human" | "gpt", "value": text}` or that list as JSON; `conversations_short`,
+Forms (original file `llava/data/dataset.py`): `image` (or `images`) is a path, the bytes of a picture,
+`{"bytes": ..., "path": ...}`, or a list of those, and empty or missing in rows of text only; `conversations` is a list
+of `{"from": "human" | "gpt", "value": text}` (or `role` and `content`), or that list as JSON; `conversations_short`,
 where it is there, takes its place half of the time. A row of a picture and a caption (`image`, `text`) becomes a
 conversation by its source's task. Pre-tokenised rows hold `codes_scale1` .. `codes_scale3` (one list of codes for each
 image), `vq_ids` and `latents` in the place of `image`.
@@ -9,18 +10,22 @@ image), `vq_ids` and `latents` in the place of `image`.
 
 import io
 import json
+import math
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
 from tar_hf.pipelines.tar_prompts import IMAGE
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TASKS = ("t2i", "i2t", "both")
 DESCRIBE = "Describe the image."
+PICTURES = ("image", "images")
 CODES = "codes_scale{}"
 SCALES = (1, 2, 3)
 
@@ -81,24 +86,65 @@ def read_images(raw: dict, draw: random.Random, folder: str | Path | None = None
     return row
 
 
-def open_image(source) -> Image.Image:
-    """A picture that a row holds -> RGB. `BadRow` for what is no whole picture."""
+def stored_images(raw: dict, folder: str | Path | None = None) -> list[str | bytes | Image.Image]:
+    """What a row holds as pictures: paths, which may start from `folder`, or bytes. Empty for a row of text only."""
+    name, given = next(((name, raw[name]) for name in PICTURES if not _is_missing(raw.get(name))), (None, []))
+    images = []
+    for image in given if isinstance(given, list | tuple | np.ndarray) else [given]:
+        if isinstance(image, dict):  # as the Image feature of `datasets` stores it
+            image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
+        if isinstance(image, bytearray | memoryview):
+            image = bytes(image)
+        if isinstance(image, Path):
+            image = str(image)
+        if not isinstance(image, str | bytes | Image.Image) or image in ("", b""):
+            raise BadRow(f'{name} must be a path or {{"bytes": ...}}, or a list of those, got {image!r:.100}')
+        images.append(str(Path(folder) / image) if isinstance(image, str) and folder is not None else image)
+    return images
+
+
+def open_image(source: str | bytes | Image.Image) -> Image.Image:
+    """
+    A picture that a row holds -> RGB, upright, with the colours that `TATokImageProcessor` gives it.
+
+    Of an animation the first frame, as in the original. `BadRow` for what is no whole picture.
+    """
     try:
         if isinstance(source, Image.Image):
-            return source.convert("RGB")
+            return _rgb(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return _rgb(image)
+    except UnidentifiedImageError:
+        name = f"{len(source)} bytes" if isinstance(source, bytes) else source
+        raise BadRow(f"a picture cannot be read: {name} in no known format") from None
+    except Exception as error:  # damaged files make Pillow's decoders raise almost anything
         raise BadRow(f"a picture cannot be read: {error}") from error
+
+
+def _rgb(image):
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+        image = image.convert("RGB")
+    pixels = TATokImageProcessor().process_image(image, max_pixels=TATokImageProcessor.max_pixels)
+    return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
+
+
+def square_pixels(image: Image.Image, size: int) -> torch.Tensor:
+    """
+    A picture -> RGB pixels (3, size, size), float32 in 0..1: what the de-tokenizers learn to draw.
+
+    Resized straight to the square, no crop, with PIL's bicubic filter on 8 bits, as TA-Tok's own preprocessing does.
+    """
+    resized = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous() / 255
 
 
 def _read_images(raw, folder):
     row = Row(
         turns=[],
-        images=_images(raw, Path(folder) if folder is not None else None),
+        images=stored_images(raw, folder),
         codes=_codes(raw),
-        vq_ids=[torch.as_tensor(ids, dtype=torch.long) for ids in raw.get("vq_ids") or []],
-        latents=[torch.as_tensor(values, dtype=torch.float32) for values in raw.get("latents") or []],
+        vq_ids=_vectors(raw, "vq_ids", torch.long),
+        latents=_vectors(raw, "latents", torch.float32),
     )
     for name in ("images", "codes", "vq_ids", "latents"):
         if (got := len(getattr(row, name))) not in (0, row.num_images):
@@ -106,59 +152,61 @@ def _read_images(raw, folder):
     return row
 
 
-def _images(raw, folder):
-    given = raw.get("image")
-    if given is None:
-        return []
-    given = given if isinstance(given, list | tuple) else [given]
-    images = []
-    for image in given:
-        if isinstance(image, dict):  # as the Image feature of `datasets` stores it
-            image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
-        if isinstance(image, str) and folder is not None:
-            image = str(folder / image)
-        if not isinstance(image, str | bytes | Image.Image) or not image:
-            raise BadRow(f'image must be a path or {{"bytes": ...}}, or a list of those, got {type(image).__name__}')
-        images.append(image)
-    return images
-
-
 def _codes(raw):
-    columns = {scale: raw[CODES.format(scale)] for scale in SCALES if raw.get(CODES.format(scale)) is not None}
-    if len({len(images) for images in columns.values()}) > 1:
-        raise BadRow(f"expected as many images at each scale, got { {s: len(c) for s, c in columns.items()} }")
-    images = zip(*columns.values(), strict=True)
-    return [
-        {scale: torch.as_tensor(codes, dtype=torch.long) for scale, codes in zip(columns, image, strict=True)}
-        for image in images
-    ]
+    columns = {scale: _vectors(raw, CODES.format(scale), torch.long) for scale in SCALES}
+    columns = {scale: images for scale, images in columns.items() if images}
+    counts = {scale: len(images) for scale, images in columns.items()}
+    if len(set(counts.values())) > 1:
+        raise BadRow(f"expected as many images at each scale, got {counts}")
+    return [dict(zip(columns, image, strict=True)) for image in zip(*columns.values(), strict=True)]
+
+
+def _vectors(raw, name, dtype):
+    """A list of numbers for each image, as tensors."""
+    given, kinds = raw.get(name), "iuf" if dtype.is_floating_point else "iu"
+    if _is_missing(given):
+        return []
+    try:
+        arrays = [np.array(values) for values in given]
+    except (TypeError, ValueError):  # no list, or lists of several lengths
+        arrays = [np.array(None)]
+    if any(array.ndim != 1 or not array.size or array.dtype.kind not in kinds for array in arrays):
+        kind = "numbers" if dtype.is_floating_point else "whole numbers"
+        raise BadRow(f"{name} must hold a list of {kind} for each image, got {given!r:.100}")
+    return [torch.tensor(array, dtype=dtype) for array in arrays]
+
+
+def _is_missing(value):
+    """Whether a column says nothing in this row: an empty text or list too, and NaN, as pandas writes it."""
+    if value is None or isinstance(value, float) and math.isnan(value):
+        return True
+    return isinstance(value, str | bytes | list | tuple | np.ndarray) and not len(value)
 
 
 def _turns(raw, draw, task):
     # Drawn for every row, so that one with a choice does not move the draws after it.
     short, describe = draw.random() < 0.5, draw.random() < 0.5
-    conversation = raw.get("conversations")
-    if short and raw.get("conversations_short") is not None:
-        conversation = raw["conversations_short"]
-    if conversation is None:
+    given = [raw.get(name) for name in ("conversations", "conversations_short")]
+    given = [conversation for conversation in given if not _is_missing(conversation)]
+    if not given:
         return _caption(raw, task, describe)
+    conversation = given[-1 if short else 0]
     if isinstance(conversation, str):
         try:
             conversation = json.loads(conversation)
         except ValueError as error:
             raise BadRow(f"conversations is text but not JSON: {error}") from None
     turns = []
-    for turn in conversation if isinstance(conversation, list | tuple) else [conversation]:
-        role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
-        text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
-        if role not in ROLES or not isinstance(text, str):
+    for turn in conversation if isinstance(conversation, list | tuple | np.ndarray) else [conversation]:
+        turn = turn if isinstance(turn, dict) else {"value": turn}
+        role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
             raise BadRow(f'a turn must be {{"from": "human" or "gpt", "value": text}}, got {turn!r:.100}')
         turns.append((ROLES[role], text))
-    expected = ["user", "assistant"] * (len(turns) // 2)
-    if not expected or [role for role, _ in turns[len(turns) % 2 :]] != expected:
-        raise BadRow(f"turns must alternate, user first and assistant last, got {[role for role, _ in turns]}")
-    if len(turns) % 2 and turns[0][0] != "system":
-        raise BadRow(f"turns must alternate, user first and assistant last, got {[role for role, _ in turns]}")
+    roles = [role for role, _ in turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
+        raise BadRow(f"turns must alternate, user first and assistant last, got {', '.join(roles) or 'none'}")
     return turns
 
 

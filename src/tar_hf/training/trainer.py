@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tar_hf.training.mixture import Mixture
 from tar_hf.training.recipe import DataRecipe, Recipe, RecipeError, check_same_run, write_recipe
 from tar_hf.training.rows import Row, read_row
 from tar_hf.training.sources import open_source
+from tar_hf.training.streaming import Stream, open_stream
 
 # What the recipe says in another place, or what the order of the samples rests on.
 FIXED = {
@@ -37,7 +38,8 @@ class TarTrainer(Trainer):
       `metric_names`, so that every process reduces the same ones.
     - `step_random()` and `row_generators(rows)` draw by step and by place in the global batch: the same on one process
       or many, with or without gradient accumulation, before and after a resume.
-    - Every checkpoint holds the resolved recipe.
+    - Every checkpoint holds the resolved recipe and a model card (`write_card` is each stage's), and no pickle of the
+      arguments, which the recipe spells out.
     """
 
     metric_names: Sequence[str] = ()
@@ -95,14 +97,31 @@ class TarTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if "loss" in logs:
             logs.update(self.metrics())
-            if isinstance(self.train_dataset, Mixture) and self.train_dataset.bad_rows:
+            if isinstance(self.train_dataset, Mixture | Stream) and self.train_dataset.bad_rows:
                 logs["bad_rows"] = self.train_dataset.bad_rows
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         super()._save(output_dir, state_dict)
-        if self.recipe is not None and self.args.should_save:
-            write_recipe(self.recipe, output_dir or self.args.output_dir)
+        if self.args.should_save:
+            self.finish_folder(Path(output_dir or self.args.output_dir))
+
+    def finish_folder(self, folder: Path):
+        """What a saved folder gets beside the model."""
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if self.recipe is not None:
+            write_recipe(self.recipe, folder)
+        self.write_card(folder)
+
+    def write_card(self, folder: Path):
+        """Writes the folder's model card."""
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss of a held-out batch. The library asks for labels, which some stages only make from the batch."""
+        if "labels" in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
 
 def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
@@ -126,12 +145,12 @@ def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
         if key in FIXED:
             elsewhere = f": say {FIXED[key]} at the top of the recipe" if FIXED[key] else ""
             raise RecipeError(f"training.{key} cannot be set here{elsewhere}")
-    defaults = {"report_to": "none", "logging_steps": 10, "dataloader_drop_last": True, "save_total_limit": 3}
+    defaults = {"report_to": "none", "logging_steps": 10, "save_total_limit": 3}
     options = {**defaults, **stage, **recipe.training}
     # Every process reads its own share: nothing is read by one and sent to the others.
     options["accelerator_config"] = {"dispatch_batches": False, **(options.get("accelerator_config") or {})}
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=recipe.output_dir,
             seed=recipe.seed,
             data_seed=recipe.seed,
@@ -141,28 +160,56 @@ def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
         )
     except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"training: {' '.join(str(error).split())}") from error
+    if arguments.n_gpu > 1:  # DataParallel, which splits what is no batch
+        raise RecipeError(
+            f"one process sees {arguments.n_gpu} GPUs: start with `accelerate launch -m tar_hf.cli.main train ...`, or "
+            "set CUDA_VISIBLE_DEVICES to one of them"
+        )
+    return arguments
 
 
 def open_data(
     data: DataRecipe, arguments: TrainingArguments, transform: Callable, reader: Callable[..., Row] = read_row
-) -> tuple[Mixture, Mixture | None]:
+) -> tuple[Mixture | Stream, Mixture | None]:
     """
-    The training samples, exactly as many as the run takes, and the held-out rows where the recipe names some.
+    The training samples, exactly as many as the run takes or an endless stream, and the held-out rows where the recipe
+    names some.
 
-    Sets `max_steps`: `num_train_epochs` counts passes in which every row of every source comes at least once.
+    Sets `max_steps`: `num_train_epochs` counts passes in which every row of every source comes at least once. A stream
+    has no length, so its recipe says `max_steps`.
     """
-    sources = [open_source(source, arguments.seed) for source in data.sources]
-    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     options = {"seed": arguments.seed, "max_bad_rows": data.max_bad_rows, "reader": reader}
-    train = Mixture(sources, transform, num_samples=batch, **options)
-    if arguments.max_steps <= 0:
-        arguments.max_steps = max(1, -(-int(train.epoch_length * arguments.num_train_epochs) // batch))
-    train.num_samples = batch * arguments.max_steps
+    if data.streaming:
+        train = _open_stream(data, arguments, transform, reader)
+    else:
+        sources = [open_source(source, arguments.seed) for source in data.sources]
+        batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        train = Mixture(sources, transform, num_samples=batch, **options)
+        if arguments.max_steps <= 0:
+            arguments.max_steps = max(1, -(-int(train.epoch_length * arguments.num_train_epochs) // batch))
+        train.num_samples = batch * arguments.max_steps
     held_out = None
     if data.eval_sources:
         held_out = [open_source(source, arguments.seed) for source in data.eval_sources]
         held_out = Mixture(held_out, transform, shuffle=False, **options)
     return train, held_out
+
+
+def _open_stream(data, arguments, transform, reader):
+    if arguments.max_steps <= 0:
+        raise RecipeError("data.streaming needs training.max_steps: a stream has no length")
+    sharding = arguments.accelerator_config
+    if sharding.dispatch_batches or sharding.split_batches or arguments.auto_find_batch_size:
+        raise RecipeError("data.streaming goes with none of dispatch_batches, split_batches and auto_find_batch_size")
+    return open_stream(
+        data,
+        transform,
+        reader,
+        arguments.seed,
+        batch_size=arguments.train_batch_size,
+        process_index=arguments.process_index,
+        num_processes=arguments.world_size,
+    )
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:

@@ -1,0 +1,600 @@
+"""The diffusion de-tokenizer's stage: a pretrained SANA learns to draw from TA-Tok features.
+
+Paper 2506.18898, section 3.2: flow matching, where only the cross attention and the projection of the condition are
+trained. The original's training code is not public. Noise levels, velocity and timesteps are those of SANA (paper
+2410.10629), which `TarDiffusionDeTokPipeline` integrates backwards when it draws.
+
+Shapes: B pictures, N features of width C at the scale of the step (729, 169 or 81), n tokens of the negative condition,
+latents (B, c, h, w).
+
+On several devices with FSDP, the class to wrap is `SanaTransformerBlock`.
+"""
+
+import dataclasses
+import functools
+import random
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderDC, DiffusionPipeline, SanaTransformer2DModel
+from diffusers.models.embeddings import PixArtAlphaTextProjection
+from diffusers.schedulers import SchedulerMixin
+from diffusers.training_utils import compute_density_for_timestep_sampling
+from huggingface_hub.dataclasses import strict
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from tar_hf.conversion.diffusion_detok import USAGE, read_negative_condition
+from tar_hf.conversion.model_card import write_model_card
+from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
+from tar_hf.modeling.modeling_negative_condition import NegativeCondition
+from tar_hf.modeling.modeling_ta_tok import TATokConfig, TATokModel
+from tar_hf.pipelines.pipeline_tar_diffusion_detok import TarDiffusionDeTokPipeline
+from tar_hf.training.recipe import Recipe, RecipeError
+from tar_hf.training.rows import CODES, BadRow, Row, open_image, read_images, square_pixels
+from tar_hf.training.trainer import TarTrainer, open_data, run, training_arguments
+
+TRAINABLE = ("cross-attention", "all")
+NEGATIVE = ("learned", "given")
+TIMESTEP_SAMPLING = ("logit_normal", "uniform")
+NEGATIVE_STD = 0.02  # of a negative condition learned from nothing: tokens that start equal would stay equal
+SIGMA_BINS = 4
+
+
+@strict
+@dataclasses.dataclass(kw_only=True)
+class DiffusionDeTokModelRecipe:
+    """
+    What is trained, and from what.
+
+    Args:
+        base (`str`): Folder or Hub id of a diffusers `SanaPipeline`, whose text encoder is not read, or of a
+            `TarDiffusionDeTokPipeline`.
+        ta_tok (`str`): Folder or Hub id of the TA-Tok that makes the features. Frozen. Its encoder is loaded only when
+            a row without codes comes.
+        trainable (`str`, *optional*, defaults to `"cross-attention"`): `cross-attention` trains the cross attention of
+            every block (`attn2`), `caption_projection` and `caption_norm`; `all` the whole transformer.
+        image_size (`int`, *optional*): Side of the pictures. By default what the base was trained for.
+        new_caption_projection (`bool`, *optional*, defaults to `False`): Puts a fresh projection in the place of the
+            base's. A SANA that read text needs one where its width is not that of the features.
+        negative (`str`, *optional*, defaults to `"learned"`): Whether the negative condition is trained too, or stays
+            as it is `given`.
+        negative_condition (`str`, *optional*): Where it comes from: a `.safetensors` file of one tensor (n, C), a
+            `.pth` file such as the published `negative_prompt_embeds.pth`, or the folder of a
+            `TarDiffusionDeTokPipeline`. By default the base's own; where the base has none, small random numbers of as
+            many tokens as scale 1 has, which can only be learned.
+    """
+
+    base: str
+    ta_tok: str
+    trainable: str = "cross-attention"
+    image_size: int | None = None
+    new_caption_projection: bool = False
+    negative: str = "learned"
+    negative_condition: str | None = None
+
+    def __post_init__(self):
+        _one_of("model.trainable", self.trainable, TRAINABLE)
+        _one_of("model.negative", self.negative, NEGATIVE)
+
+
+@strict
+@dataclasses.dataclass(kw_only=True)
+class DiffusionDeTokRecipe(Recipe):
+    """
+    Recipe of the stage. `training` defaults to a constant learning rate of 1e-4 and gradients clipped at 0.1.
+
+    Args:
+        model (`DiffusionDeTokModelRecipe`): What is trained.
+        scale_weights (`dict[int, float]`, *optional*, defaults to `{1: 2, 2: 1, 3: 1}`): How often each scale is drawn.
+        condition_drop (`float`, *optional*, defaults to `0.1`): Probability that a picture's features are replaced with
+            the negative condition, which guidance needs.
+        timestep_sampling (`str`, *optional*, defaults to `"logit_normal"`): How noise levels are drawn before the
+            shift: the sigmoid of a normal distribution, or `uniform` in 0..1.
+        logit_mean, logit_std (`float`, *optional*, default to `0.0` and `1.0`): Of that normal distribution.
+        flow_shift (`float`, *optional*): s in sigma = s u / (1 + (s - 1) u). By default the scheduler's.
+    """
+
+    model: DiffusionDeTokModelRecipe
+    scale_weights: dict[int, float | int] = dataclasses.field(default_factory=lambda: {1: 2, 2: 1, 3: 1})
+    condition_drop: float | int = 0.1
+    timestep_sampling: str = "logit_normal"
+    logit_mean: float | int = 0.0
+    logit_std: float | int = 1.0
+    flow_shift: float | int | None = None
+
+    def __post_init__(self):
+        _one_of("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLING)
+        if not 0 <= self.condition_drop <= 1:
+            raise RecipeError(f"condition_drop must be in 0..1, got {self.condition_drop}")
+        if not self.logit_std > 0:
+            raise RecipeError(f"logit_std must be above 0, got {self.logit_std}")
+        if self.flow_shift is not None and not self.flow_shift > 0:
+            raise RecipeError(f"flow_shift must be above 0, got {self.flow_shift}")
+        if not self.scale_weights or not all(weight > 0 for weight in self.scale_weights.values()):
+            raise RecipeError(f"scale_weights needs a weight above 0 for each scale, got {self.scale_weights}")
+
+
+class FlowMatching(nn.Module):
+    """
+    All that is trained, and the loss: the transformer and the negative condition.
+
+    Noise level sigma makes x = (1 - sigma) latents + sigma noise, at timestep sigma * num_train_timesteps, and the
+    transformer predicts the velocity noise - latents.
+
+    Args:
+        transformer (`SanaTransformer2DModel`): The denoiser.
+        negative_condition (`NegativeCondition`): What dropped conditions are replaced with.
+        num_train_timesteps (`int`, *optional*, defaults to `1000`): The scheduler's.
+    """
+
+    _no_split_modules = ["SanaTransformerBlock"]
+
+    def __init__(
+        self,
+        transformer: SanaTransformer2DModel,
+        negative_condition: NegativeCondition,
+        num_train_timesteps: int = 1000,
+    ):
+        super().__init__()
+        self.transformer = transformer
+        self.negative_condition = negative_condition
+        self.num_train_timesteps = num_train_timesteps
+
+    def forward(
+        self,
+        latents: torch.FloatTensor,
+        features: torch.FloatTensor,
+        dropped: torch.BoolTensor,
+        noise: torch.FloatTensor,
+        sigmas: torch.FloatTensor,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            latents (`torch.FloatTensor` of shape `(B, c, h, w)`): The pictures, multiplied by the scaling factor.
+            features (`torch.FloatTensor` of shape `(B, N, C)`): Their conditions.
+            dropped (`torch.BoolTensor` of shape `(B,)`): Whose condition is replaced with the negative one.
+            noise (`torch.FloatTensor` of shape `(B, c, h, w)`): Drawn from the normal distribution.
+            sigmas (`torch.FloatTensor` of shape `(B,)`): Noise levels in 0..1.
+
+        Returns:
+            `loss`, the mean squared error of the velocity, and `row_losses` (B,), that of each picture, in float32.
+        """
+        latents, noise, sigmas = latents.float(), noise.float(), sigmas.float()
+        levels = sigmas[:, None, None, None]
+        condition, mask = replace_rows(features, self.negative_condition(), dropped)
+        velocity = self.transformer(
+            (1 - levels) * latents + levels * noise,
+            encoder_hidden_states=condition,
+            encoder_attention_mask=mask,
+            timestep=sigmas * self.num_train_timesteps * self.transformer.config.timestep_scale,
+            return_dict=False,
+        )[0]
+        errors = F.mse_loss(velocity.float(), noise - latents, reduction="none").mean(dim=(1, 2, 3))
+        return {"loss": errors.mean(), "row_losses": errors.detach()}
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
+    ):
+        """Recomputes every block in the backward pass. `Trainer` calls it for `gradient_checkpointing`."""
+        if every_n_layers != 1 or offload:
+            raise ValueError("SANA recomputes every block and keeps nothing elsewhere: leave every_n_layers, offload")
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        self.transformer.enable_gradient_checkpointing(
+            lambda block, *arguments: checkpoint(block.__call__, *arguments, **options)
+        )
+
+
+def replace_rows(
+    features: torch.FloatTensor, negative: torch.FloatTensor, dropped: torch.BoolTensor
+) -> tuple[torch.FloatTensor, torch.BoolTensor | None]:
+    """
+    Features (B, N, C) with the dropped rows (B,) replaced by the negative condition (n, C), and the mask (B, max(N, n))
+    of what is not padding; `None` where N = n.
+
+    The negative condition takes part in every step, with a gradient of 0 where no row is dropped, so that processes
+    always have the same gradients to exchange.
+    """
+    length, negative_length = features.shape[1], len(negative)
+    # Compared, not max(): torch.compile keeps the longer of the two as it is, whichever scale comes.
+    if length < negative_length:
+        features = F.pad(features, (0, 0, 0, negative_length - length))
+    elif length > negative_length:
+        negative = F.pad(negative, (0, 0, 0, length - negative_length))
+    condition = torch.where(dropped[:, None, None], negative.to(features.dtype), features)
+    if length == negative_length:
+        return condition, None
+    kept = torch.where(dropped, negative_length, length)
+    return condition, torch.arange(condition.shape[1], device=features.device) < kept[:, None]
+
+
+@dataclasses.dataclass
+class PictureExample:
+    """
+    One picture of a row -> what the trainer needs of it: codes and latents, or the pixels that they are made from.
+
+    Args:
+        image_size (`int`): Side of the picture that is learned.
+        latent_shape (`tuple[int, int, int]`): (c, h, w) of its latents.
+        num_tokens (`dict[int, int]`): Codes of a picture at each scale that may be drawn.
+        image_processor (`TATokImageProcessor`): Makes TA-Tok's pixels.
+
+    Raises `BadRow`: codes or latents of another length, or a row that holds neither them nor the picture.
+    """
+
+    image_size: int
+    latent_shape: tuple[int, int, int]
+    num_tokens: dict[int, int]
+    image_processor: TATokImageProcessor
+
+    def __call__(self, row: Row, draw: random.Random) -> dict:
+        number = draw.randrange(row.num_images)
+        if not row.images and not (row.codes and row.latents):
+            raise BadRow("the row needs image, or codes_scale1 .. codes_scale3 and latents")
+        image = None if row.codes and row.latents else open_image(row.images[number])
+        example = {}
+        if row.codes:
+            example["codes"] = self._codes(row.codes[number])
+        else:
+            example["pixel_values"] = self.image_processor(image, return_tensors="pt").pixel_values[0]
+        if row.latents:
+            example["latents"] = self._latents(row.latents[number])
+        else:
+            example["pixels"] = square_pixels(image, self.image_size)
+        return example
+
+    def _codes(self, codes):
+        for scale, length in self.num_tokens.items():
+            if scale not in codes:
+                raise BadRow(f"the row has no {CODES.format(scale)}, which the recipe's scale_weights ask for")
+            if len(codes[scale]) != length:
+                raise BadRow(f"expected {length} codes in {CODES.format(scale)}, got {len(codes[scale])}")
+        return {scale: codes[scale] for scale in self.num_tokens}
+
+    def _latents(self, latents):
+        channels, height, width = self.latent_shape
+        if latents.numel() != channels * height * width:
+            raise BadRow(
+                f"expected {channels * height * width} latents ({channels} x {height} x {width}: pictures of "
+                f"{self.image_size} pixels), got {latents.numel()}"
+            )
+        return latents.reshape(self.latent_shape)
+
+
+def collate(examples: list[dict]) -> dict:
+    """Examples -> a batch. Rows with and without codes or latents may stand side by side: `has_codes` and `has_latents`
+    (B,) say which are which."""
+    batch = {f"has_{name}": torch.tensor([name in e for e in examples]) for name in ("codes", "latents")}
+    for name in ("pixel_values", "pixels", "latents"):
+        if rows := [example[name] for example in examples if name in example]:
+            batch[name] = torch.stack(rows)
+    if rows := [example["codes"] for example in examples if "codes" in example]:
+        batch["codes"] = {scale: torch.stack([codes[scale] for codes in rows]) for scale in rows[0]}
+    return batch
+
+
+class DiffusionDeTokTrainer(TarTrainer):
+    """
+    Trains a `FlowMatching`. What makes latents and features is frozen and stays outside of it, in float32.
+
+    Logs the loss by scale, such as `loss_scale1`, and by the quarter of noise levels that it was measured at,
+    `loss_sigma1` (0 to 0.25) .. `loss_sigma4` (0.75 to 1).
+
+    Args:
+        vae (`AutoencoderDC`): Makes latents of pictures that come without, and belongs to every checkpoint.
+        noise_scheduler (`SchedulerMixin`): What the model will draw with; belongs to every checkpoint.
+        flow_shift (`float`): Of the noise levels.
+        latent_shape (`tuple[int, int, int]`): (c, h, w).
+    """
+
+    def __init__(
+        self,
+        *args,
+        vae: AutoencoderDC,
+        noise_scheduler: SchedulerMixin,
+        flow_shift: float,
+        latent_shape: tuple[int, int, int],
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        scales = [f"loss_scale{scale}" for scale in self.recipe.scale_weights]
+        self.metric_names = (*scales, *(f"loss_sigma{quarter + 1}" for quarter in range(SIGMA_BINS)))
+        self.vae = vae.eval().requires_grad_(False)
+        self.noise_scheduler = noise_scheduler
+        self.flow_shift = flow_shift
+        self.latent_shape = latent_shape
+
+    @functools.cached_property
+    def decoder(self) -> TATokModel:
+        """The half of TA-Tok that makes features from codes."""
+        return self._ta_tok_half(has_encoder=False)
+
+    @functools.cached_property
+    def encoder(self) -> TATokModel:
+        """The half of TA-Tok that makes codes from pictures."""
+        encoder = self._ta_tok_half(has_decoder=False)
+        encoder.quantizer = self.decoder.quantizer  # the codebook is the largest part of either half
+        return encoder
+
+    def _ta_tok_half(self, **half):
+        model = TATokModel.from_pretrained(self.recipe.model.ta_tok, dtype=torch.float32, **half)
+        return model.eval().requires_grad_(False).to(self.args.device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        scale = self.draw_scale(self.recipe.scale_weights)
+        draws = self.draw(len(inputs["has_codes"]))
+        outputs = model(self.latents(inputs), self.features(inputs, scale), **draws)
+        self.track(f"loss_scale{scale}", outputs["row_losses"].mean())
+        quarters = (draws["sigmas"] * SIGMA_BINS).long().clamp(max=SIGMA_BINS - 1)
+        for quarter in range(SIGMA_BINS):
+            inside = quarters == quarter
+            mean = (outputs["row_losses"] * inside).sum() / inside.sum().clamp(min=1)
+            self.track(f"loss_sigma{quarter + 1}", mean, inside.sum())
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def draw(self, rows: int) -> dict[str, torch.Tensor]:
+        """
+        What a step draws for each row: `dropped` (B,), in training only, `sigmas` (B,) and `noise` (B, c, h, w).
+
+        Every row's generator gives all three in this order, so that no option of the recipe moves another's draws.
+        """
+        recipe, drawn = self.recipe, {"dropped": [], "sigmas": [], "noise": []}
+        for generator in self.row_generators(rows):
+            drawn["dropped"].append(torch.rand((), generator=generator) < recipe.condition_drop * self.model.training)
+            u = compute_density_for_timestep_sampling(
+                recipe.timestep_sampling, 1, float(recipe.logit_mean), float(recipe.logit_std), generator=generator
+            )[0]
+            drawn["sigmas"].append(self.flow_shift * u / (1 + (self.flow_shift - 1) * u))
+            drawn["noise"].append(torch.randn(self.latent_shape, generator=generator))
+        return {name: torch.stack(values).to(self.args.device) for name, values in drawn.items()}
+
+    @torch.no_grad()
+    def features(self, inputs: dict, scale: int) -> torch.FloatTensor:
+        """Features (B, N, C) of the batch at a scale, from codes or from pictures."""
+        known = inputs["has_codes"]
+        codes = torch.empty(len(known), self.decoder.config.num_tokens(scale), dtype=torch.long, device=known.device)
+        if "codes" in inputs:
+            codes[known] = inputs["codes"][scale]
+        if "pixel_values" in inputs:
+            codes[~known] = self.encoder.encode(inputs["pixel_values"], scale=scale)
+        return self.decoder.decode(codes)
+
+    @torch.no_grad()
+    def latents(self, inputs: dict) -> torch.FloatTensor:
+        """Latents (B, c, h, w) of the batch, multiplied by the scaling factor: encoded beforehand, or here."""
+        known = inputs["has_latents"]
+        latents = torch.empty(len(known), *self.latent_shape, device=known.device)
+        if "latents" in inputs:
+            latents[known] = inputs["latents"]
+        if "pixels" in inputs:
+            self.vae.to(known.device)  # stays on the CPU until a picture comes
+            latents[~known] = self.vae.encode(inputs["pixels"] * 2 - 1).latent * self.vae.config.scaling_factor
+        return latents
+
+    # Checkpoints are de-tokenizers: `TarDiffusionDeTokPipeline.from_pretrained` reads them.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        state_dict = self.model.state_dict() if state_dict is None else state_dict  # FSDP gathers its own
+        pipeline = TarDiffusionDeTokPipeline(
+            transformer=_rebuild(self.model.transformer, _part(state_dict, "transformer.")),
+            vae=_rebuild(self.vae, self.vae.state_dict()),
+            scheduler=self.noise_scheduler,
+            negative_condition=_rebuild(self.model.negative_condition, _part(state_dict, "negative_condition.")),
+        )
+        pipeline.save_pretrained(folder)
+        _write_card(folder, pipeline, self.recipe)
+        self.finish_folder(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.is_fsdp_enabled:  # its shards lie beside the pipeline
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        for name in ("transformer", "negative_condition"):
+            part = getattr(model, name)
+            saved = type(part).from_pretrained(resume_from_checkpoint, subfolder=name, torch_dtype=torch.float32)
+            part.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def train(recipe: DiffusionDeTokRecipe) -> Path:
+    """Runs the recipe. Returns its `output_dir`, which `TarDiffusionDeTokPipeline.from_pretrained` reads."""
+    return run(build(recipe))
+
+
+def build(recipe: DiffusionDeTokRecipe) -> DiffusionDeTokTrainer:
+    """
+    Loads everything that the recipe names.
+
+    Raises:
+        `RecipeError`: parts that do not fit together, or a base of another kind. `OSError`: a path without a model.
+    """
+    arguments = training_arguments(
+        recipe,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.1,
+        ddp_find_unused_parameters=False,  # every step uses all that is trained
+    )
+    ta_tok = TATokConfig.from_pretrained(recipe.model.ta_tok)
+    if unknown := recipe.scale_weights.keys() - set(ta_tok.scales):
+        raise RecipeError(f"scale_weights: {recipe.model.ta_tok} has the scales {ta_tok.scales}, got {min(unknown)}")
+    transformer, vae, noise_scheduler = load_base(recipe.model.base)
+    _fit_condition(transformer, ta_tok.hidden_size, recipe)
+    side = _fit_image_size(transformer, vae, recipe.model.image_size)
+    negative_condition = _negative_condition(recipe, ta_tok)
+
+    transformer.requires_grad_(recipe.model.trainable == "all")
+    for name, parameter in transformer.named_parameters():
+        if ".attn2." in name or name.startswith(("caption_projection.", "caption_norm.")):
+            parameter.requires_grad_(True)
+    negative_condition.requires_grad_(recipe.model.negative == "learned")
+
+    latent_shape = (transformer.config.in_channels, side, side)
+    example = PictureExample(
+        image_size=side * vae.spatial_compression_ratio,
+        latent_shape=latent_shape,
+        num_tokens={scale: ta_tok.num_tokens(scale) for scale in recipe.scale_weights},
+        image_processor=TATokImageProcessor.from_pretrained(recipe.model.ta_tok),
+    )
+    train_data, held_out = open_data(recipe.data, arguments, example, reader=read_images)
+    return DiffusionDeTokTrainer(
+        model=FlowMatching(transformer, negative_condition, noise_scheduler.config.num_train_timesteps),
+        args=arguments,
+        data_collator=collate,
+        train_dataset=train_data,
+        eval_dataset=held_out,
+        recipe=recipe,
+        vae=vae,
+        noise_scheduler=noise_scheduler,
+        flow_shift=_flow_shift(noise_scheduler) if recipe.flow_shift is None else recipe.flow_shift,
+        latent_shape=latent_shape,
+    )
+
+
+def load_base(base: str | Path) -> tuple[SanaTransformer2DModel, AutoencoderDC, SchedulerMixin]:
+    """Transformer and VAE in float32, and the scheduler, of a `SanaPipeline` or a `TarDiffusionDeTokPipeline`."""
+    index = DiffusionPipeline.load_config(base)
+    parts = {name: (index.get(name) or (None, None))[1] for name in ("transformer", "vae", "scheduler")}
+    for name, expected in (("transformer", SanaTransformer2DModel), ("vae", AutoencoderDC)):
+        if parts[name] != expected.__name__:
+            raise RecipeError(f"{base} must have a {expected.__name__} as its {name}, got {parts[name]}")
+    scheduler_class = getattr(diffusers, str(parts["scheduler"]), None)
+    if scheduler_class is None:
+        raise RecipeError(f"{base} must have a scheduler of diffusers, got {parts['scheduler']}")
+    scheduler = scheduler_class.from_pretrained(base, subfolder="scheduler")
+    prediction = scheduler.config.get("prediction_type", "flow_prediction")  # flow schedulers have no other
+    if prediction != "flow_prediction":
+        raise RecipeError(f"{base} must have a scheduler for flow_prediction, got one for {prediction}")
+    return (
+        SanaTransformer2DModel.from_pretrained(base, subfolder="transformer", torch_dtype=torch.float32),
+        AutoencoderDC.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32),
+        scheduler,
+    )
+
+
+def _fit_condition(transformer, width, recipe):
+    """Gives the transformer a fresh projection where the recipe says so; it must take features of this width then."""
+    if recipe.model.new_caption_projection:
+        hidden_size = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            transformer.caption_projection = PixArtAlphaTextProjection(width, hidden_size)
+        transformer.register_to_config(caption_channels=width)
+    elif transformer.config.caption_channels != width:
+        raise RecipeError(
+            f"{recipe.model.base} takes conditions of width {transformer.config.caption_channels}, but the features of "
+            f"{recipe.model.ta_tok} have {width}: model.new_caption_projection=true makes a projection of that width"
+        )
+
+
+def _fit_image_size(transformer, vae, image_size) -> int:
+    """Side of the latents. The transformer's configuration, which says what size is drawn, follows the recipe."""
+    factor, multiple = vae.spatial_compression_ratio, vae.spatial_compression_ratio * transformer.config.patch_size
+    if image_size is None:
+        return transformer.config.sample_size
+    if image_size < 1 or image_size % multiple:
+        raise RecipeError(f"model.image_size must be a positive multiple of {multiple}, got {image_size}")
+    side = image_size // factor
+    if side != transformer.config.sample_size:
+        if transformer.config.interpolation_scale is not None:
+            raise RecipeError(
+                f"this SANA has embeddings of positions for {transformer.config.sample_size * factor} pixels, and "
+                f"model.image_size is {image_size}: leave it out"
+            )
+        transformer.register_to_config(sample_size=side)
+    return side
+
+
+def _negative_condition(recipe, ta_tok) -> NegativeCondition:
+    features = _negative_features(recipe.model)
+    if features is None:
+        if recipe.model.negative == "given":
+            raise RecipeError(
+                f"{recipe.model.base} has no negative condition to be given: name one as model.negative_condition, or "
+                "choose model.negative=learned"
+            )
+        generator = torch.Generator().manual_seed(recipe.seed)
+        features = NEGATIVE_STD * torch.randn(ta_tok.num_tokens(1), ta_tok.hidden_size, generator=generator)
+    if features.shape[1] != ta_tok.hidden_size:
+        raise RecipeError(
+            f"the negative condition must have the width of the features, {ta_tok.hidden_size}, got "
+            f"{features.shape[1]}: name another as model.negative_condition"
+        )
+    negative_condition = NegativeCondition(*features.shape)
+    negative_condition.load_state_dict({"features": features})
+    return negative_condition
+
+
+def _negative_features(model) -> torch.Tensor | None:
+    """The negative condition (n, C) that the recipe names, or the base's own, or `None`."""
+    source = model.negative_condition
+    if source is None:
+        has_one = (DiffusionPipeline.load_config(model.base).get("negative_condition") or (None,))[0] is not None
+        source = model.base if has_one else None
+    if source is None:
+        return None
+    if Path(source).suffix == ".safetensors":
+        tensors = list(load_file(source).values())
+        if len(tensors) != 1 or tensors[0].ndim != 2:
+            raise RecipeError(
+                f"{source} must hold one tensor (tokens, width), got {[tuple(tensor.shape) for tensor in tensors]}"
+            )
+        return tensors[0]
+    if Path(source).is_file():
+        return read_negative_condition(source).features.detach()
+    return NegativeCondition.from_pretrained(source, subfolder="negative_condition").features.detach()
+
+
+def _flow_shift(scheduler) -> float:
+    for name in ("flow_shift", "shift"):  # of DPM-Solver and of Euler's method
+        if scheduler.config.get(name) is not None:
+            return float(scheduler.config[name])
+    raise RecipeError(f"{type(scheduler).__name__} has no flow_shift: say it in the recipe")
+
+
+def _part(state_dict, prefix):
+    return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+
+
+def _rebuild(model, tensors):
+    """The model around these tensors, without the name of the folder that it was loaded from."""
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    with torch.device("meta"):
+        rebuilt = type(model).from_config(config)
+    rebuilt.load_state_dict(tensors, assign=True)
+    return rebuilt
+
+
+def _write_card(folder, pipeline, recipe):
+    size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    write_model_card(
+        folder,
+        title="SANA as a diffusion de-tokenizer for TA-Tok",
+        description="Draws an image from TA-Tok features, which take the place of SANA's text embeddings.",
+        usage=USAGE.replace("REPO", repr(folder.name)).replace("INPUT", "features=features"),
+        facts={
+            "image size": f"{size} x {size}",
+            "draws from": "features",
+            "width of the features": pipeline.condition_size,
+            "tokens of the negative condition": pipeline.negative_condition.config.num_tokens,
+            "trained": recipe.model.trainable,
+            "scheduler": type(pipeline.scheduler).__name__,
+        },
+        pipeline_tag="image-to-image",
+        base_model=None if Path(recipe.model.base).exists() else recipe.model.base,
+        tags=("image-detokenizer",),
+        library_name="diffusers",
+    )
+
+
+def _one_of(name, value, known):
+    if value not in known:
+        raise RecipeError(f"{name} must be one of {', '.join(known)}, got {value!r}")

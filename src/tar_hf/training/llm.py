@@ -1,0 +1,266 @@
+"""The language model stage: Qwen2 learns to read and write images as tokens, in pretraining and in fine-tuning.
+
+Paper 2506.18898; original `llava/train/train.py`. Rows are pre-tokenised, so no vision model is loaded.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from tar_hf.conversion.assemble import copy_parts
+from tar_hf.conversion.llm import write_llm_card
+from tar_hf.conversion.output import new_folder
+from tar_hf.modeling.visual_vocabulary import IMAGE_START, VisualVocabulary
+from tar_hf.training.conversations import (
+    IGNORED,
+    SCALE_WEIGHTS,
+    ConversationTokenizer,
+    PackingCollator,
+    PaddingCollator,
+)
+from tar_hf.training.lora import LoRARecipe, add_lora
+from tar_hf.training.recipe import Recipe, RecipeError
+from tar_hf.training.trainer import TarTrainer, open_data, run, training_arguments
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@strict
+@dataclasses.dataclass(kw_only=True)
+class LLMModelRecipe:
+    """
+    What is trained.
+
+    Args:
+        base (`str`): Folder or Hub id of a language model: one with visual tokens is trained further, another gets
+            them. Of a whole Tar repository the other parts go into the trained one too.
+        ta_tok (`str`, *optional*): Folder or Hub id of the TA-Tok that the rows were tokenised with. A base without
+            visual tokens needs it, for the number of codes and for `init="codebook"`.
+        init (`str`, *optional*): What the new rows of the embeddings start as: `codebook` (the default), `mean` or
+            `random`, see `VisualVocabulary.expand`. Only for a base without visual tokens.
+        num_scales (`int`, *optional*, defaults to `3`): Scale tokens that a base without visual tokens gets.
+        dtype (`str`, *optional*, defaults to `"float32"`): Of the weights in training and of the files. With
+            `training.bf16` float32 weights compute in bfloat16 nevertheless.
+        attn_implementation (`str`, *optional*): `eager`, `sdpa`, `flash_attention_2`; by default the library's choice.
+    """
+
+    base: str
+    ta_tok: str | None = None
+    init: str | None = None
+    num_scales: int = 3
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise RecipeError(f"model.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+@strict
+@dataclasses.dataclass(kw_only=True)
+class LLMRecipe(Recipe):
+    """
+    The recipe of the stage.
+
+    Args:
+        model (`LLMModelRecipe`): What is trained.
+        lora (`LoRARecipe`, *optional*): Trains an adapter instead of the whole model.
+        max_length (`int`, *optional*, defaults to `2048`): Longest row, and longest packed sequence, in tokens.
+        packing (`bool`, *optional*, defaults to `False`): Puts the rows of a batch into as few sequences as they fit.
+        scale_weights (`dict[int, float]`, *optional*, defaults to `{1: 2, 2: 1, 3: 1}`): How often each scale is drawn.
+        targets (`str`, *optional*, defaults to `"assistant"`): What is learnt, see `ConversationTokenizer`.
+    """
+
+    model: LLMModelRecipe
+    lora: LoRARecipe | None = None
+    max_length: int = 2048
+    packing: bool = False
+    scale_weights: dict[int, float | int] = dataclasses.field(default_factory=SCALE_WEIGHTS.copy)
+    targets: str = "assistant"
+
+
+class LLMTrainer(TarTrainer):
+    """
+    The stock Trainer's loss, and beside it the mean over the targets that are text and over those that are images.
+
+    Targets of images are the codes, the scale and both tags; the chat tag that closes the turn is text.
+
+    Args:
+        vocabulary (`VisualVocabulary`): Tells the two apart.
+        kwargs: Those of `TarTrainer`.
+    """
+
+    metric_names = ("loss_text", "loss_image")
+
+    def __init__(self, *args, vocabulary: VisualVocabulary, **kwargs):
+        model = kwargs["model"] if "model" in kwargs else args[0]
+        self.use_cache = model.config.use_cache  # Trainer turns it off
+        self.vocabulary = vocabulary
+        self.eval_sums = None  # (metrics, 2): sum and count, while an evaluation runs
+        super().__init__(*args, compute_loss_func=self._loss, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # A vocabulary of 200000 makes logits the largest tensor by far: only positions with a target get any.
+        labels = inputs["labels"][:, 1:]
+        kept = (labels != IGNORED).any(0).nonzero()[:, 0]
+        inputs = {**inputs, "labels": labels[:, kept], "logits_to_keep": kept}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _loss(self, outputs, labels, num_items_in_batch=None):
+        targets = labels != IGNORED
+        ids = labels[targets]
+        logits = outputs["logits"][targets].float()
+        losses = F.cross_entropy(logits, ids, reduction="none", label_smoothing=self.args.label_smoothing_factor)
+        first = min(self.vocabulary.image_start_id, self.vocabulary.image_end_id, self.vocabulary.first_scale_id)
+        visual = (ids >= first) & (ids < self.vocabulary.vocab_size)
+        for name, mask in (("loss_text", ~visual), ("loss_image", visual)):
+            count, total = mask.sum(), (losses.detach() * mask).sum()
+            self.track(name, total / count.clamp(min=1), count)
+            if self.eval_sums is not None:
+                self.eval_sums[self.metric_names.index(name)] += torch.stack([total, count])
+        return losses.sum() / (len(ids) if num_items_in_batch is None else num_items_in_batch)
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        # Rows that the library repeats, so that every process gets as many, count twice here.
+        self.eval_sums = torch.zeros(len(self.metric_names), 2, device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums, self.eval_sums = self.accelerator.reduce(self.eval_sums, "sum"), None
+        for name, (total, count) in zip(self.metric_names, sums.tolist(), strict=True):
+            if count:
+                output.metrics[f"{metric_key_prefix}_{name}"] = total / count
+        return output
+
+    def write_card(self, folder: Path):
+        if not isinstance(self.model, PeftModel):  # whose card is peft's
+            write_llm_card(folder, folder.name, self.model.config, self.vocabulary)
+
+    def _save(self, output_dir=None, state_dict=None):
+        in_training, self.model.config.use_cache = self.model.config.use_cache, self.use_cache
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.model.config.use_cache = in_training
+
+
+def build(recipe: LLMRecipe) -> LLMTrainer:
+    """Everything that a run needs, as its recipe says. `RecipeError`, and the parts' own errors, for what is wrong."""
+    arguments = training_arguments(recipe, learning_rate=5e-5, lr_scheduler_type="cosine", warmup_steps=0.03)
+    model_recipe = recipe.model
+    if recipe.lora is not None:
+        with arguments.main_process_first(local=False):
+            model_recipe = _lora_base(recipe)
+    model, tokenizer, vocabulary = load_language_model(model_recipe, recipe.seed)
+    if recipe.lora is not None:
+        set_seed(recipe.seed)
+        model = add_lora(model, recipe.lora, vocabulary)
+    try:
+        conversations = ConversationTokenizer(
+            tokenizer, vocabulary, recipe.max_length, recipe.scale_weights, recipe.targets
+        )
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    data, held_out = open_data(recipe.data, arguments, conversations)
+    return LLMTrainer(
+        model=model,
+        args=arguments,
+        data_collator=_collator(recipe, tokenizer),
+        train_dataset=data,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        vocabulary=vocabulary,
+        recipe=recipe,
+    )
+
+
+def train(recipe: LLMRecipe) -> Path:
+    """Trains, and gives the folder with the language model, the whole Tar repository, or the adapter."""
+    trainer = build(recipe)
+    output = run(trainer)
+    if recipe.lora is None and trainer.is_world_process_zero():
+        copy_parts(recipe.model.base, output)
+    return output
+
+
+def load_language_model(
+    recipe: LLMModelRecipe, seed: int = 0
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, VisualVocabulary]:
+    """The base, its tokenizer and its visual vocabulary, which a base without one gets here, drawn by `seed`."""
+    tokenizer = AutoTokenizer.from_pretrained(recipe.base)
+    model = AutoModelForCausalLM.from_pretrained(
+        recipe.base, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation
+    )
+    # The code that the entry is about belongs to a whole Tar repository; `copy_parts` adds both.
+    vars(model.config).pop("custom_pipelines", None)
+    if not _has_visual_tokens(tokenizer):
+        set_seed(seed)
+        return model, tokenizer, _expand(recipe, tokenizer, model)
+    if recipe.init is not None:
+        raise RecipeError(f"model.init is for a base without visual tokens, but {recipe.base} has them: leave it out")
+    vocabulary = VisualVocabulary.from_tokenizer(tokenizer)
+    if (rows := len(model.get_input_embeddings().weight)) < vocabulary.vocab_size:
+        raise ValueError(
+            f"{recipe.base}: the tokenizer's codes end at id {vocabulary.vocab_size - 1}, but the model has {rows} rows"
+        )
+    if recipe.ta_tok is not None:
+        codes = AutoConfig.from_pretrained(recipe.ta_tok).codebook_size
+        if codes != vocabulary.codebook_size:
+            raise RecipeError(
+                f"model.ta_tok {recipe.ta_tok} has {codes} codes, but {recipe.base} has tokens for "
+                f"{vocabulary.codebook_size}"
+            )
+    model.config.visual_vocabulary = dataclasses.asdict(vocabulary)
+    return model, tokenizer, vocabulary
+
+
+def _has_visual_tokens(tokenizer):
+    return IMAGE_START in tokenizer.get_vocab()
+
+
+def _expand(recipe, tokenizer, model):
+    init = recipe.init or "codebook"
+    if recipe.ta_tok is None:
+        raise RecipeError(f"model.ta_tok is missing: {recipe.base} has no visual tokens, and TA-Tok says how many")
+    if init == "codebook":
+        ta_tok = AutoModel.from_pretrained(recipe.ta_tok, has_encoder=False, has_decoder=False, dtype="float32")
+        what = {"codebook": ta_tok.codebook.detach()}
+    else:
+        what = {"codebook_size": AutoConfig.from_pretrained(recipe.ta_tok).codebook_size}
+    try:
+        return VisualVocabulary.expand(tokenizer, model, init=init, num_scales=recipe.num_scales, **what)
+    except ValueError as error:
+        raise RecipeError(f"model: {error}") from error
+
+
+def _lora_base(recipe):
+    """An adapter names its base by where it is: one that gets visual tokens here is written beside it first."""
+    base = Path(recipe.model.base)
+    if _has_visual_tokens(AutoTokenizer.from_pretrained(recipe.model.base)):
+        return dataclasses.replace(recipe.model, base=str(base.resolve())) if base.is_dir() else recipe.model
+    base = Path(recipe.output_dir).resolve() / "base"
+    if not base.is_dir():
+        model, tokenizer, _ = load_language_model(recipe.model, recipe.seed)
+        with new_folder(base) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    return dataclasses.replace(recipe.model, base=str(base), init=None)
+
+
+def _collator(recipe, tokenizer):
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if not recipe.packing:
+        return PaddingCollator(padding)
+    flash = "flash" in (recipe.model.attn_implementation or "")
+    return PackingCollator(padding, None if flash else recipe.max_length)

@@ -1,0 +1,520 @@
+"""The diffusion de-tokenizer's stage, on the golden SANA of two layers that draws 32 x 32 pixels."""
+
+import math
+import random
+import shutil
+
+import datasets
+import diffusers
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import DDPMScheduler, SanaPipeline, SanaTransformer2DModel
+from PIL import Image
+from safetensors.torch import save_file
+
+from tar_hf import TarDiffusionDeTokPipeline, TarPipeline
+from tar_hf.cli.train import RECIPES
+from tar_hf.modeling.modeling_negative_condition import NegativeCondition
+from tar_hf.training import diffusion_detok as stage
+from tar_hf.training.pretokenize import pretokenize
+from tar_hf.training.recipe import RecipeError, SourceRecipe, load_recipe
+from tar_hf.training.rows import BadRow, Row
+
+SHAPE = (4, 16, 16)  # of the latents
+TOKENS = {1: 729, 2: 169, 3: 81}
+WIDTH = 48  # of the features
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of four pictures, each of one colour, the last two with a stripe of noise."""
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    names = []
+    for i, colour in enumerate([(220, 30, 40), (20, 40, 200), (240, 240, 230), (10, 120, 30)]):
+        pixels = np.full((40, 48, 3), colour, dtype=np.uint8)
+        if i > 1:
+            pixels[16:24] = noise.integers(0, 256, (8, 48, 3))
+        names.append(f"{i}.png")
+        Image.fromarray(pixels).save(folder / names[-1])
+    datasets.Dataset.from_list([{"image": name} for name in names]).to_json(folder / "rows.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows_folder(pictures, ta_tok_repo, diffusion_detok_repo, tmp_path_factory):
+    """The four pictures, pre-tokenised."""
+    folder = tmp_path_factory.mktemp("rows") / "rows"
+    source = SourceRecipe(str(pictures / "rows.jsonl"))
+    pretokenize(source, folder, ta_tok=ta_tok_repo(), diffusion_detok=diffusion_detok_repo(), device="cpu")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoded(rows_folder):
+    """The rows of the four pictures."""
+    return [row for file in sorted(rows_folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+
+
+@pytest.fixture
+def make(tmp_path, rows_folder, ta_tok_repo, diffusion_detok_repo):
+    """Gives a function that makes a recipe of six steps, with a save after three; `key=value` changes it."""
+
+    def recipe(*overrides, output="out", **training):
+        defaults = {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1}
+        defaults |= {"disable_tqdm": True, "use_cpu": True}
+        content = {
+            "output_dir": str(tmp_path / output),
+            "model": {"base": str(diffusion_detok_repo()), "ta_tok": str(ta_tok_repo())},
+            "data": {"sources": [{"path": str(rows_folder)}]},
+            "training": {**defaults, **training},
+        }
+        return load_recipe(stage.DiffusionDeTokRecipe, content, overrides)
+
+    return recipe
+
+
+def losses(trainer):
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def run(recipe):
+    trainer = stage.build(recipe)
+    stage.run(trainer)
+    return trainer
+
+
+def flow(diffusion_detok_repo, negative):
+    """The golden transformer with a negative condition (n, C)."""
+    transformer = SanaTransformer2DModel.from_pretrained(diffusion_detok_repo(), subfolder="transformer")
+    condition = NegativeCondition(*negative.shape)
+    condition.load_state_dict({"features": negative})
+    return stage.FlowMatching(transformer, condition)
+
+
+def random_inputs(rows, tokens, dropped):
+    generator = seeded()
+    return {
+        "latents": torch.randn(rows, *SHAPE, generator=generator),
+        "features": torch.randn(rows, tokens, WIDTH, generator=generator),
+        "dropped": torch.tensor(dropped),
+        "noise": torch.randn(rows, *SHAPE, generator=generator),
+        "sigmas": torch.rand(rows, generator=generator),
+    }
+
+
+# What is learned
+
+
+def test_it_overfits_two_pictures_that_only_the_features_tell_apart(make, encoded, tmp_path):
+    datasets.Dataset.from_list(encoded[:2]).to_parquet(tmp_path / "two.parquet")
+    recipe = make(
+        f"data.sources.0.path={tmp_path / 'two.parquet'}",
+        f"data.eval_sources=[{{path: {tmp_path / 'two.parquet'}}}]",
+        "model.trainable=all",
+        "scale_weights={3: 1}",
+        max_steps=200,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        max_grad_norm=1.0,
+        save_strategy="no",
+        per_device_eval_batch_size=2,
+    )
+    trainer = stage.build(recipe)
+    before = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate()["eval_loss"] == before, "held-out rows are always measured with the same noise"
+    output = stage.run(trainer)
+    after = trainer.evaluate()["eval_loss"]
+    assert after < before / 10
+
+    codes = torch.tensor([row["codes_scale3"][0] for row in encoded[:2]])
+    features = trainer.decoder.decode(codes)
+    expected = torch.tensor([row["latents"][0] for row in encoded[:2]]).reshape(2, *SHAPE)
+    pipe = TarDiffusionDeTokPipeline.from_pretrained(output)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe(features=features, guidance_scale=1, generator=seeded(), output_type="latent").images
+    distances = torch.cdist(drawn.flatten(1), expected.flatten(1))
+    assert distances.diagonal().max() < distances.flip(0).diagonal().min() / 2
+
+
+def test_the_pipeline_integrates_what_is_trained(diffusion_detok_repo, monkeypatch):
+    """One function of x and the timestep is both the exact velocity for the loss and, drawn with, the way to x0."""
+    module = flow(diffusion_detok_repo, torch.zeros(81, WIDTH))
+    inputs = random_inputs(3, 81, [False] * 3)
+    target = inputs["latents"][:1]
+    inputs["latents"] = target.expand(3, *SHAPE)
+    calls = []
+
+    def velocity(x, timestep, **kwargs):
+        calls.append(timestep)
+        return ((x - target) / (timestep / 1000)[:, None, None, None],)
+
+    monkeypatch.setattr(module.transformer, "forward", velocity)
+    torch.testing.assert_close(module(**inputs)["loss"], torch.tensor(0.0), atol=1e-9, rtol=0)
+    torch.testing.assert_close(calls[0], inputs["sigmas"] * 1000)
+
+    pipe = TarDiffusionDeTokPipeline.from_pretrained(diffusion_detok_repo(), transformer=module.transformer)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"features": inputs["features"][:1], "guidance_scale": 1, "output_type": "latent"}
+    noise = inputs["noise"][:1]
+    drawn = pipe(latents=noise, **options).images
+    # The scheduler rounds the timesteps that it shows to the model down to whole numbers.
+    torch.testing.assert_close(drawn, target, atol=0.03, rtol=0)
+
+    monkeypatch.setattr(module.transformer, "forward", lambda x, **kwargs: (noise - target,))
+    drawn = pipe(latents=noise, **options).images
+    torch.testing.assert_close(drawn, target, atol=3e-3, rtol=0)  # it takes pure noise for sigma 0.9997
+
+
+def test_timesteps_follow_the_transformers_scale(diffusion_detok_repo, monkeypatch):
+    module = flow(diffusion_detok_repo, torch.zeros(81, WIDTH))
+    inputs = random_inputs(2, 81, [False] * 2)
+    seen = []
+    module.transformer.register_to_config(timestep_scale=0.001)
+    monkeypatch.setattr(module.transformer, "forward", lambda x, timestep, **kwargs: (seen.append(timestep) or x,))
+    module(**inputs)
+    torch.testing.assert_close(seen[0], inputs["sigmas"])
+
+
+def test_noise_levels_are_shifted(make):
+    trainer = stage.build(make())
+    sigmas = trainer.draw(4000)["sigmas"]
+    u = sigmas / (3 - 2 * sigmas)  # back through the scheduler's shift of 3
+    assert torch.logit(u).mean().item() == pytest.approx(0, abs=0.06)
+    assert torch.logit(u).std().item() == pytest.approx(1, abs=0.06)
+
+    trainer.recipe.logit_mean, trainer.recipe.logit_std = 1, 2
+    u = (sigmas := trainer.draw(4000)["sigmas"]) / (3 - 2 * sigmas)
+    assert torch.logit(u).mean().item() == pytest.approx(1, abs=0.12)
+    assert torch.logit(u).std().item() == pytest.approx(2, abs=0.12)
+
+    trainer = stage.build(make("timestep_sampling=uniform", "flow_shift=1"))
+    sigmas = trainer.draw(4000)["sigmas"]
+    assert sigmas.mean().item() == pytest.approx(1 / 2, abs=0.02)
+    assert sigmas.std().item() == pytest.approx(math.sqrt(1 / 12), abs=0.02)
+
+
+# The condition
+
+
+@pytest.mark.parametrize("tokens", [81, 169, 729])
+def test_dropped_rows_are_the_negative_condition_without_padding(diffusion_detok_repo, tokens):
+    negative = torch.randn(169, WIDTH, generator=seeded(1))
+    module = flow(diffusion_detok_repo, negative)
+    inputs = random_inputs(4, tokens, [False, True, False, True])
+    with torch.no_grad():
+        together = module(**inputs)["row_losses"]
+        for i, dropped in enumerate(inputs["dropped"].tolist()):
+            row = {name: value[i : i + 1] for name, value in inputs.items()}
+            level = row["sigmas"][:, None, None, None]
+            velocity = module.transformer(
+                (1 - level) * row["latents"] + level * row["noise"],
+                encoder_hidden_states=negative[None] if dropped else row["features"],
+                timestep=row["sigmas"] * 1000,
+            ).sample
+            loss = (velocity - (row["noise"] - row["latents"])).square().mean()
+            torch.testing.assert_close(together[i], loss, atol=1e-5, rtol=0)
+        assert not torch.allclose(together, module(**{**inputs, "dropped": ~inputs["dropped"]})["row_losses"])
+
+
+def test_it_compiles_as_one_graph(diffusion_detok_repo):
+    module = flow(diffusion_detok_repo, torch.randn(169, WIDTH, generator=seeded(1)))
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    for tokens in (81, 729):
+        inputs = random_inputs(2, tokens, [False, True])
+        torch.testing.assert_close(compiled(**inputs)["loss"], module(**inputs)["loss"])
+
+
+def test_conditions_are_dropped_as_often_as_the_recipe_says(make):
+    trainer = stage.build(make())
+    assert trainer.draw(4000)["dropped"].float().mean().item() == pytest.approx(0.1, abs=0.02)
+    trainer.recipe.condition_drop = 1.0
+    assert trainer.draw(100)["dropped"].all()
+    trainer.model.eval()
+    assert not trainer.draw(100)["dropped"].any()
+
+
+def test_the_negative_condition_has_a_gradient_in_every_step(diffusion_detok_repo):
+    module = flow(diffusion_detok_repo, torch.randn(169, WIDTH, generator=seeded()))
+    for dropped in (False, True):
+        module.zero_grad()
+        module(**random_inputs(2, 81, [dropped] * 2))["loss"].backward()
+        gradient = module.negative_condition.features.grad
+        assert gradient is not None and gradient.any() == dropped
+
+
+@pytest.mark.parametrize("how", ["learned", "given"])
+def test_only_what_the_recipe_names_is_trained(make, how, diffusion_detok_repo):
+    output = stage.train(make(f"model.negative={how}", "condition_drop=0.5", max_steps=2))
+    before = TarDiffusionDeTokPipeline.from_pretrained(diffusion_detok_repo())
+    after = TarDiffusionDeTokPipeline.from_pretrained(output)
+    changed = set()
+    for name in ("transformer", "vae", "negative_condition"):
+        weights = getattr(before, name).state_dict()
+        for key, value in getattr(after, name).state_dict().items():
+            if not value.equal(weights[key]):
+                changed.add(f"{name}.{key}")
+    expected = {
+        f"transformer.{name}"
+        for name in before.transformer.state_dict()
+        if ".attn2." in name or name.startswith(("caption_projection", "caption_norm"))
+    }
+    assert changed == expected | ({"negative_condition.features"} if how == "learned" else set())
+    assert dict(after.scheduler.config) == {**before.scheduler.config, "_diffusers_version": diffusers.__version__}
+
+
+def test_the_optimizer_holds_what_is_trained(make):
+    trainer = stage.build(make("model.negative=given"))
+    trainer.create_optimizer()
+    held = {id(weight) for group in trainer.optimizer.param_groups for weight in group["params"]}
+    assert held == {id(weight) for weight in trainer.model.parameters() if weight.requires_grad}
+    arguments = trainer.args
+    assert (arguments.learning_rate, arguments.lr_scheduler_type, arguments.max_grad_norm) == (1e-4, "constant", 0.1)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth", "folder"])
+def test_the_negative_condition_may_come_from_elsewhere(make, form, tmp_path):
+    features = torch.randn(30, WIDTH, generator=seeded())
+    source = tmp_path / f"negative.{form}"
+    if form == "safetensors":
+        save_file({"features": features}, source)
+    elif form == "pth":
+        torch.save(features[None], source)
+    else:
+        condition = NegativeCondition(*features.shape)
+        condition.load_state_dict({"features": features})
+        condition.save_pretrained(source / "negative_condition")
+    trainer = stage.build(make(f"model.negative_condition={source}", "model.negative=given"))
+    assert trainer.model.negative_condition().equal(features)
+
+
+# From a SANA that reads text
+
+
+@pytest.fixture
+def text_sana(golden, tmp_path):
+    """A `SanaPipeline` whose transformer takes embeddings of width 40, with no negative condition."""
+    folder = tmp_path / "sana"
+    shutil.copytree(golden / "published" / "sana", folder)
+    config = SanaTransformer2DModel.load_config(folder, subfolder="transformer")
+    torch.manual_seed(0)
+    SanaTransformer2DModel.from_config({**config, "caption_channels": 40}).save_pretrained(folder / "transformer")
+    SanaPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None)
+    return folder
+
+
+def test_a_text_sana_gets_a_new_projection(make, text_sana):
+    with pytest.raises(RecipeError, match="width 40, but the features of .* have 48: model.new_caption_projection"):
+        stage.build(make(f"model.base={text_sana}"))
+    recipe = make(f"model.base={text_sana}", "model.new_caption_projection=true", max_steps=1)
+    trainer = stage.build(recipe)
+    weights = trainer.model.transformer.caption_projection.linear_1.weight.clone()
+    assert weights.equal(stage.build(recipe).model.transformer.caption_projection.linear_1.weight)
+    negative = trainer.model.negative_condition()
+    assert negative.shape == (729, WIDTH) and negative.std().item() == pytest.approx(0.02, rel=0.05)
+    stage.run(trainer)
+    pipe = TarDiffusionDeTokPipeline.from_pretrained(recipe.output_dir)
+    assert pipe.condition_size == WIDTH and pipe.negative_condition().shape == (729, WIDTH)
+    weights -= pipe.transformer.caption_projection.linear_1.weight
+    assert 0 < weights.abs().max() < 1e-3, "one step away from where it started"
+
+
+def test_nothing_can_be_given_by_a_base_without_a_negative_condition(make, text_sana):
+    options = [f"model.base={text_sana}", "model.new_caption_projection=true", "model.negative=given"]
+    with pytest.raises(RecipeError, match="has no negative condition to be given: name one"):
+        stage.build(make(*options))
+
+
+# Rows
+
+
+def test_pictures_are_encoded_as_beforehand(make, pictures):
+    """The same losses from pictures, from codes and latents, and from one of each, but for the latents' 16 bits."""
+    known = losses(run(make("scale_weights={3: 1}", output="known", max_steps=2)))
+    fresh = losses(run(make("scale_weights={3: 1}", f"data.sources.0.path={pictures}/rows.jsonl", max_steps=2)))
+    assert fresh == pytest.approx(known, abs=1e-3)
+
+
+def test_rows_of_both_kinds_share_a_batch(make, pictures, encoded):
+    trainer = stage.build(make())
+    example, known, fresh = trainer.train_dataset.transform, [], []
+    for i, row in enumerate(encoded):
+        codes = {scale: torch.tensor(row[f"codes_scale{scale}"][0]) for scale in TOKENS}
+        latents = torch.tensor(row["latents"][0])
+        known.append(example(Row([], codes=[codes], latents=[latents]), random.Random(0)))
+        fresh.append(example(Row([], images=[str(pictures / f"{i}.png")]), random.Random(0)))
+    mixed = stage.collate([known[0], fresh[1], {"codes": known[2]["codes"], "pixels": fresh[2]["pixels"]}, fresh[3]])
+    whole = stage.collate(known)
+    for scale in (1, 3):
+        torch.testing.assert_close(trainer.features(mixed, scale), trainer.features(whole, scale))
+    torch.testing.assert_close(trainer.latents(mixed), trainer.latents(whole), atol=2e-3, rtol=0)
+
+
+def picture_example(**options):
+    defaults = {"image_size": 32, "latent_shape": SHAPE, "num_tokens": TOKENS, "image_processor": None}
+    return stage.PictureExample(**{**defaults, **options})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"latents": [torch.zeros(1000)]}, r"expected 1024 latents \(4 x 16 x 16: pictures of 32 pixels\), got 1000"),
+        ({"codes": [{1: torch.zeros(729), 2: torch.zeros(169)}]}, "no codes_scale3, which the recipe"),
+        ({"codes": [{1: torch.zeros(729), 2: torch.zeros(170)}]}, "expected 169 codes in codes_scale2, got 170"),
+    ],
+)
+def test_rows_that_do_not_fit(row, message):
+    whole = {"codes": [{scale: torch.zeros(n) for scale, n in TOKENS.items()}], "latents": [torch.zeros(1024)]}
+    picture_example()(Row([], **whole), random.Random(0))
+    with pytest.raises(BadRow, match=message):
+        picture_example()(Row([], **{**whole, **row}), random.Random(0))
+    for name in whole:
+        with pytest.raises(BadRow, match="the row needs image, or codes_scale1 .. codes_scale3 and latents"):
+            picture_example()(Row([], **{name: whole[name]}), random.Random(0))
+
+
+def test_loading_processes_read_rows(make, pictures):
+    trainer = stage.build(make(f"data.sources.0.path={pictures}/rows.jsonl", dataloader_num_workers=1))
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["pixels"].shape == (4, 3, 32, 32) and not batch["has_latents"].any()
+    assert batch["pixel_values"].shape[:2] == (4, 3) and not batch["has_codes"].any()
+
+
+# Runs
+
+
+def test_a_killed_run_goes_on_and_its_checkpoints_draw(make, tar_repo, tmp_path):
+    unbroken = run(make(output="unbroken"))
+
+    killed = stage.build(make())
+    compute_loss = killed.compute_loss
+
+    def die(*args, **kwargs):
+        if killed.state.global_step == 4:
+            raise KeyboardInterrupt
+        return compute_loss(*args, **kwargs)
+
+    killed.compute_loss = die
+    with pytest.raises(KeyboardInterrupt):
+        stage.run(killed)
+    resumed = stage.build(make())
+    assert not resumed.model.negative_condition().equal(killed.model.negative_condition())
+    stage.run(resumed)
+    assert losses(resumed) == pytest.approx(losses(unbroken), abs=1e-6) and len(losses(unbroken)) == 6
+    scales = {key for log in resumed.state.log_history for key in log if key.startswith("loss_scale")}
+    assert len(scales) > 1, "steps draw their scales"
+
+    codes = torch.arange(2 * 81).reshape(2, 81)
+    images = []
+    for folder in (tmp_path / "out" / "checkpoint-3", tmp_path / "out"):
+        assert load_recipe(stage.DiffusionDeTokRecipe, folder / "recipe.yaml") == resumed.recipe
+        card = (folder / "README.md").read_text()
+        assert "library_name: diffusers" in card and "| image size | 32 x 32 |" in card
+        for file in (folder / "README.md", *folder.rglob("*config.json"), folder / "model_index.json"):
+            assert str(resumed.recipe.model.base) not in file.read_text(), "no names of folders on this machine"
+        pipe = TarPipeline.from_pretrained(tar_repo, detokenizer=folder)
+        pipe.detokenizer.set_progress_bar_config(disable=True)
+        images.append(pipe.decode(codes, generator=seeded(), output_type="pt", num_inference_steps=2))
+    assert images[0].shape == (2, 3, 32, 32) and not images[0].equal(images[1])
+    for name, weight in unbroken.model.transformer.state_dict().items():
+        torch.testing.assert_close(pipe.detokenizer.transformer.state_dict()[name], weight, atol=1e-6, rtol=0)
+
+
+def test_accumulated_batches_are_one_batch(make):
+    whole = losses(run(make("condition_drop=0.5", output="whole", max_steps=3)))
+    parts = make("condition_drop=0.5", max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert losses(run(parts)) == pytest.approx(whole, abs=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_loss(make):
+    plain = losses(run(make(output="plain", max_steps=3)))
+    trainer = run(make(max_steps=3, gradient_checkpointing=True))
+    assert trainer.model.transformer.gradient_checkpointing
+    assert losses(trainer) == pytest.approx(plain, abs=1e-5)
+    with pytest.raises(ValueError, match="leave every_n_layers"):
+        trainer.model.activation_checkpointing_enable(every_n_layers=2)
+
+
+def test_bfloat16_comes_close(make):
+    exact = losses(run(make("condition_drop=0.5", output="exact", max_steps=2)))
+    trainer = run(make("condition_drop=0.5", max_steps=2, bf16=True))
+    assert losses(trainer) == pytest.approx(exact, rel=0.02) and losses(trainer) != exact
+    assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
+
+
+def test_the_best_checkpoint_is_loaded_in_the_end(make, rows_folder):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 2, "learning_rate": 1e-3}
+    options |= {"load_best_model_at_end": True, "greater_is_better": True, "per_device_eval_batch_size": 4}
+    trainer = run(make(f"data.eval_sources=[{{path: {rows_folder}}}]", **options))
+    best = trainer.state.best_model_checkpoint
+    assert best.endswith("checkpoint-1"), "greater is called better, and the loss falls"
+    saved = TarDiffusionDeTokPipeline.from_pretrained(best).transformer.state_dict()
+    for name, weight in trainer.model.transformer.state_dict().items():
+        assert weight.equal(saved[name])
+
+
+def test_another_image_size_is_what_checkpoints_draw(make, pictures):
+    options = [f"data.sources.0.path={pictures}/rows.jsonl", "model.image_size=16", "scale_weights={3: 1}"]
+    output = stage.train(make(*options, max_steps=1))
+    pipe = TarDiffusionDeTokPipeline.from_pretrained(output)
+    pipe.set_progress_bar_config(disable=True)
+    features = torch.zeros(1, 81, WIDTH)
+    assert pipe(features=features, num_inference_steps=1, output_type="pt").images.shape == (1, 3, 16, 16)
+
+
+# Recipes
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.trainable=attention", "model.trainable must be one of cross-attention, all, got 'attention'"),
+        ("model.negative=random", "model.negative must be one of learned, given, got 'random'"),
+        ("timestep_sampling=normal", "timestep_sampling must be one of logit_normal, uniform, got 'normal'"),
+        ("condition_drop=1.5", "condition_drop must be in 0..1, got 1.5"),
+        ("logit_std=0", "logit_std must be above 0, got 0"),
+        ("flow_shift=-1", "flow_shift must be above 0, got -1"),
+        ("scale_weights={1: 0}", "scale_weights needs a weight above 0 for each scale"),
+        ("scale_weights={4: 1}", r"has the scales \[1, 2, 3\], got 4"),
+        ("model.image_size=33", "model.image_size must be a positive multiple of 2, got 33"),
+    ],
+)
+def test_options_that_cannot_be(make, override, message):
+    with pytest.raises(RecipeError, match=message):
+        stage.build(make(override))
+
+
+def test_a_base_that_predicts_noise_is_refused(make, text_sana):
+    DDPMScheduler().save_pretrained(text_sana / "scheduler")
+    index = text_sana / "model_index.json"
+    index.write_text(index.read_text().replace("DPMSolverMultistepScheduler", "DDPMScheduler"))
+    with pytest.raises(RecipeError, match="a scheduler for flow_prediction, got one for epsilon"):
+        stage.build(make(f"model.base={text_sana}"))
+
+
+def test_a_base_of_another_kind_is_refused(make, text_sana):
+    index = text_sana / "model_index.json"
+    index.write_text(index.read_text().replace("SanaTransformer2DModel", "UNet2DConditionModel"))
+    with pytest.raises(RecipeError, match="a SanaTransformer2DModel as its transformer, got UNet2DConditionModel"):
+        stage.build(make(f"model.base={text_sana}"))
+
+
+def test_a_negative_condition_of_another_width_is_refused(make, tmp_path):
+    save_file({"features": torch.zeros(30, 20)}, tmp_path / "negative.safetensors")
+    with pytest.raises(RecipeError, match="must have the width of the features, 48, got 20"):
+        stage.build(make(f"model.negative_condition={tmp_path}/negative.safetensors"))
+
+
+@pytest.mark.parametrize("size", [512, 1024])
+def test_shipped_recipes(size):
+    recipe = load_recipe(
+        stage.DiffusionDeTokRecipe, RECIPES / f"diffusion-detok-{size}.yaml", ["training.use_cpu=true"]
+    )
+    assert recipe.model.trainable == "cross-attention" and recipe.condition_drop == 0.1
+    assert stage.training_arguments(recipe, max_grad_norm=1.0).max_grad_norm == 0.1

@@ -1,0 +1,138 @@
+"""Adapters of the golden language model: trained, saved, loaded again, merged."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+
+from tar_hf import TarPipeline
+from tar_hf.training.llm import LLMRecipe, build, train
+from tar_hf.training.lora import merge_adapter
+from tar_hf.training.recipe import load_recipe
+from tar_hf.training.trainer import run
+
+LORA = "lora={r: 8, alpha: 16}"
+VISUAL = 399  # first of the golden tokenizer's visual tokens
+
+
+def logged(folder, name="loss"):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [log[name] for log in history if name in log]
+
+
+@pytest.fixture
+def batch(llm_recipe):
+    trainer = build(llm_recipe("unused"))
+    return trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+
+
+@torch.no_grad()
+def logits(model, batch):
+    return model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+def test_trained_saved_loaded_and_merged(llm_recipe, llm_rows, batch, tar_repo, tmp_path):
+    recipe = llm_recipe("out", LORA, max_steps=80, learning_rate=1e-2, save_strategy="steps", save_steps=40)
+    trainer = build(recipe)
+    output = run(trainer)
+    losses = logged(output)
+    assert losses[-1] < 0.1 * losses[0]
+    expected = logits(trainer.model, batch)
+    assert not torch.allclose(expected, logits(Qwen2ForCausalLM.from_pretrained(tar_repo), batch), atol=1)
+
+    for folder in (output, output / "checkpoint-80"):
+        assert (folder / "adapter_model.safetensors").is_file() and not (folder / "model.safetensors").exists()
+        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tar_repo)
+        assert load_recipe(LLMRecipe, folder / "recipe.yaml").lora.r == 8
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tar_repo), folder)
+        assert torch.equal(logits(loaded, batch), expected)
+
+    merge_adapter(output, tmp_path / "merged")
+    merged, base = (Qwen2ForCausalLM.from_pretrained(folder) for folder in (tmp_path / "merged", tar_repo))
+    assert torch.allclose(logits(merged, batch), expected, atol=1e-5 * expected.abs().max().item())
+    drawn = batch["labels"][batch["labels"] >= VISUAL].unique()
+    for after, before in ((merged.model.embed_tokens, base.model.embed_tokens), (merged.lm_head, base.lm_head)):
+        changed = (after.weight != before.weight).any(-1)
+        assert not changed[:VISUAL].any() and changed[drawn].all()
+
+    files = ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "tar.json", "README.md")
+    assert all((tmp_path / "merged" / name).is_file() for name in files)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["visual_vocabulary"]["codebook_size"] == 512
+    rows = [json.loads(line) for line in llm_rows.read_text().splitlines()]
+    made = TarPipeline.from_pretrained(tmp_path / "merged")("A cat.", scale=3, do_sample=False)
+    assert made.codes.tolist() == rows[1]["codes_scale3"] and made.images[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_base_that_gets_visual_tokens_is_kept_beside_the_adapter(
+    llm_recipe, plain_llm, ta_tok_repo, ar_detok_repo, batch, tmp_path, tied
+):
+    base = [LORA, f"model.ta_tok={ta_tok_repo()}", "model.init=random"]
+    steps = {"max_steps": 4, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
+    unbroken = train(llm_recipe("unbroken", *base, base=plain_llm(tied), **steps))
+    killed = build(llm_recipe("killed", *base, base=plain_llm(tied), **steps))
+    compute_loss = killed.compute_loss
+
+    def die(*args, **kwargs):
+        if killed.state.global_step == 3:
+            raise KeyboardInterrupt
+        return compute_loss(*args, **kwargs)
+
+    killed.compute_loss = die
+    with pytest.raises(KeyboardInterrupt):
+        run(killed)
+    output = train(llm_recipe("killed", *base, base=plain_llm(tied), **steps))
+    assert logged(output) == pytest.approx(logged(unbroken), abs=1e-6)
+
+    settings = json.loads((output / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(output / "base")
+    before = Qwen2ForCausalLM.from_pretrained(output / "base")
+    assert torch.equal(before.model.embed_tokens.weight[:VISUAL], killed.model.get_input_embeddings().weight[:VISUAL])
+    expected = logits(PeftModel.from_pretrained(before, output), batch)
+    with pytest.raises(ValueError, match="does not fit"):
+        merge_adapter(output, tmp_path / "merged", base=plain_llm(tied))
+    merge_adapter(output, tmp_path / "merged")
+    merged = Qwen2ForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(merged, batch), expected, atol=1e-5)
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
+    before = Qwen2ForCausalLM.from_pretrained(output / "base")
+    for after, old in ((merged.model.embed_tokens, before.model.embed_tokens), (merged.lm_head, before.lm_head)):
+        changed = (after.weight != old.weight).any(-1)
+        assert not changed[:VISUAL].any() and changed[VISUAL:].any()
+    pipe = TarPipeline.from_pretrained(tmp_path / "merged", ta_tok=ta_tok_repo(), detokenizer=ar_detok_repo())
+    assert pipe("A cat.", scale=3).images[0].size == (64, 64)
+
+
+def test_the_embeddings_may_stay(llm_recipe, tar_repo, tmp_path):
+    recipe = llm_recipe("out", "lora={r: 2, train_embeddings: false, target_modules: [q_proj]}", learning_rate=1e-2)
+    merge_adapter(train(recipe), tmp_path / "merged")
+    merged, base = (Qwen2ForCausalLM.from_pretrained(folder).state_dict() for folder in (tmp_path / "merged", tar_repo))
+    changed = {name for name, weight in merged.items() if not torch.equal(weight, base[name])}
+    assert changed == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
+
+
+def test_a_bfloat16_base_with_checkpointing_and_packing(llm_recipe, tmp_path):
+    recipe = llm_recipe("out", LORA, "model.dtype=bfloat16", "packing=true", gradient_checkpointing=True, bf16=True)
+    trainer = build(recipe)
+    dtypes = {name: weight.dtype for name, weight in trainer.model.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if "lora" in name or "delta" in name} == {torch.float32}
+    assert dtypes["base_model.model.model.norm.weight"] == torch.bfloat16
+    run(trainer)
+    assert len(logged(tmp_path / "out")) == 3
+
+
+def test_what_cannot_be_merged(tar_repo, tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no adapter_config.json"):
+        merge_adapter(tar_repo, tmp_path / "merged")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "/gone/base"})
+    )
+    with pytest.raises(FileNotFoundError, match="/gone/base is not there"):
+        merge_adapter(adapter, tmp_path / "merged")
+    with pytest.raises(FileExistsError, match="exists already"):
+        merge_adapter(adapter, adapter, base=tar_repo)
+    assert not (tmp_path / "merged").exists()
