@@ -1,5 +1,8 @@
 """What the README and the examples say, run."""
 
+import itertools
+import json
+import random
 import re
 import shlex
 import subprocess
@@ -7,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from tar_hf.cli.main import main
@@ -54,6 +58,9 @@ def test_readme_commands(golden, tmp_path, monkeypatch, capsys):
         (tmp_path / name).symlink_to(published / source)
     Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.jpg")
     (tmp_path / "prompts.txt").write_text("a cat\n")
+    draw_pictures(tmp_path / "pictures")
+    (recipe,) = re.findall(r"```yaml\n# (\S+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / recipe[0]).write_text(recipe[1])
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("tar-hf ")]
@@ -65,9 +72,43 @@ def test_readme_commands(golden, tmp_path, monkeypatch, capsys):
         # In tests the Hub is out of reach: tests/pipelines/test_tar_on_the_hub.py pushes to a stand-in.
         assert main(arguments) == (2 if arguments[0] == "push" else 0), (line, capsys.readouterr().err)
     assert "HF_HUB_OFFLINE" in capsys.readouterr().err
-    for name in ("macaw.png", "animals-sheet.png", "pictures/0.png"):
+    for name in ("macaw.png", "animals-sheet.png", "decoded/0.png", "circle.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.format == "PNG"
+
+
+@pytest.mark.slow
+def test_training_guide_runs(tar_repo, tmp_path, monkeypatch):
+    """Its Python, its data recipe and its example of a row."""
+    from tar_hf.training.recipe import DataRecipe, SourceRecipe
+    from tar_hf.training.rows import read_row
+
+    text = (ROOT / "docs" / "training.md").read_text()
+    (tmp_path / "tar").symlink_to(tar_repo)
+    draw_pictures(tmp_path / "pictures")
+    monkeypatch.chdir(tmp_path)
+    assert main(["pretokenize", "pictures", "-o", "rows", "--model", "tar"]) == 0
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(compile(block, "training.md", "exec"), names)
+    assert len(names["dataset"]) == 10 and {"input_ids", "labels"} == set(names["dataset"].column_names)
+    (data,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    sources = yaml.safe_load(data)["data"].pop("sources")
+    assert len(DataRecipe(sources=[SourceRecipe(**source) for source in sources]).sources) == 3
+    (row,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    assert read_row(json.loads(row), random.Random(0)).num_images == 1
+
+
+def draw_pictures(folder: Path):
+    """Ten pictures with captions."""
+    from tar_hf.mini import world
+
+    folder.mkdir()
+    scenes = list(itertools.islice(world.scenes("train"), 10))
+    for i, scene in enumerate(scenes):
+        world.render(scene).save(folder / f"{i}.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": world.describe(scene)}) for i, scene in enumerate(scenes)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def load_model(arguments, *parts: str):
     from tar_hf import TarPipeline
 
     if not sys.stderr.isatty():
-        _hide_loading_bars()
+        hide_loading_bars()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -114,7 +114,8 @@ def _read_json(path):
     return content
 
 
-def _hide_loading_bars():
+def hide_loading_bars():
+    """Without a terminal the libraries' bars are lines upon lines."""
     import diffusers
     import huggingface_hub
     import transformers

@@ -2,8 +2,11 @@
 
 import argparse
 import importlib
+import sys
 import textwrap
 from pathlib import Path
+
+from tar_hf.cli.model import hide_loading_bars
 
 # stage: (module of tar_hf.training, its recipe)
 STAGES = {
@@ -48,6 +51,8 @@ def run(arguments):
     from tar_hf.training.mixture import TooManyBadRows
     from tar_hf.training.recipe import load_recipe, show_recipe
 
+    if not sys.stderr.isatty():
+        hide_loading_bars()
     recipe = load_recipe(getattr(module, recipe), recipe_file(arguments.recipe), arguments.overrides)
     if arguments.show:
         print(show_recipe(recipe), end="")

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import json
 import random
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,7 @@ def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
             elsewhere = f": say {FIXED[key]} at the top of the recipe" if FIXED[key] else ""
             raise RecipeError(f"training.{key} cannot be set here{elsewhere}")
     defaults = {"report_to": "none", "logging_steps": 10, "save_total_limit": 3}
+    defaults |= {"dataloader_pin_memory": torch.accelerator.is_available(), "disable_tqdm": not sys.stderr.isatty()}
     options = {**defaults, **stage, **recipe.training}
     # Every process reads its own share: nothing is read by one and sent to the others.
     options["accelerator_config"] = {"dispatch_batches": False, **(options.get("accelerator_config") or {})}
