@@ -14,6 +14,8 @@ STAGES = {
     "ar-detok": ("ar_detok", "ARDeTokRecipe"),
     "diffusion-detok": ("diffusion_detok", "DiffusionDeTokRecipe"),
     "llm": ("llm", "LLMRecipe"),
+    "vq": ("vq", "VQRecipe"),
+    "teacher": ("teacher", "TeacherRecipe"),
 }
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 

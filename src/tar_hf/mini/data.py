@@ -1,0 +1,129 @@
+"""Writes what tar-mini learns from: pictures with dense captions, conversations of all five kinds, as parquet files.
+
+Everything is drawn from a seed, split by split, and no picture comes twice.
+"""
+
+import io
+import json
+import random
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tar_hf.mini import world
+from tar_hf.mini.world import CANVAS, COLORS, RELATIONS, SHAPES, Scene
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+SCHEMA = pa.schema([("image", pa.list_(IMAGE)), ("text", pa.string()), ("conversations", pa.string())])
+ROWS_PER_GROUP = 500
+
+# What the assistant does, and how often.
+TASKS = {"text_to_image": 6, "image_to_text": 5, "text_to_text": 1, "image_to_image": 1, "text_image_to_image": 1}
+
+
+def png(scene: Scene) -> bytes:
+    file = io.BytesIO()
+    world.render(scene).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_pictures(file: str | Path, split: str, count: int, seed: int = 0):
+    """Pictures, half of them of what prompts ask for, with captions that say what is where."""
+    _write(file, islice(pictures(split, seed), count))
+
+
+def write_conversations(file: str | Path, split: str, count: int, seed: int = 0):
+    """Conversations of the five kinds, in the proportions of `TASKS`."""
+    _write(file, islice(conversations(split, seed), count))
+
+
+def pictures(split: str, seed: int = 0) -> Iterator[dict]:
+    """Endless rows of a picture and its dense caption."""
+    anything, asked_for = world.scenes(split, seed), world.samples(split, seed)
+    while True:
+        for scene in (next(anything), next(asked_for)[2]):
+            yield {"image": [scene], "text": dense_caption(scene), "conversations": None}
+
+
+def dense_caption(scene: Scene) -> str:
+    """Every thing with its size and place: a caption that hardly two pictures share."""
+    parts = []
+    for thing in sorted(scene.things):
+        size = "small" if thing.size < 24 else "large" if thing.size > 30 else "middle"
+        row = ("top", "middle", "bottom")[min(2, int(3 * thing.y / CANVAS))]
+        column = ("left", "center", "right")[min(2, int(3 * thing.x / CANVAS))]
+        parts.append(f"a {size} {thing.color} {thing.shape} at the {row} {column}")
+    return f"{' and '.join(parts)} on a {scene.background} background"
+
+
+def conversations(split: str, seed: int = 0) -> Iterator[dict]:
+    """Endless rows of one question and its answer."""
+    draw = random.Random(f"conversations/{split}/{seed}")
+    sources = world.samples(split, seed), world.scenes(split, seed)
+    makers = {
+        "text_to_image": _text_to_image,
+        "image_to_text": _image_to_text,
+        "text_to_text": _text_to_text,
+        "image_to_image": _image_to_image,
+        "text_image_to_image": _text_image_to_image,
+    }
+    while True:
+        task = draw.choices(list(TASKS), list(TASKS.values()))[0]
+        images, question, answer = makers[task](draw, *sources)
+        while any(world.split_of(world.scene_key(scene)) != split for scene in images):  # a changed scene
+            images, question, answer = makers[task](draw, *sources)
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        yield {"image": images, "text": None, "conversations": json.dumps(turns)}
+
+
+def _text_to_image(draw, samples, scenes):
+    prompt, _, scene = next(samples)
+    return [scene], prompt, "<image>"
+
+
+def _image_to_text(draw, samples, scenes):
+    scene = next(scenes)
+    asked = world.questions(scene, draw)
+    _, question, answer = draw.choice(asked)
+    return [scene], f"<image>\n{question}", answer
+
+
+def _text_to_text(draw, samples, scenes):
+    """What the words mean, without a picture: the same questions about a scene that is told."""
+    scene = next(scenes)
+    asked = [one for one in world.questions(scene, draw) if one[0] in ("counting", "color", "presence")]
+    _, question, answer = draw.choice(asked)
+    return [], f"{world.describe(scene)}. {question}", answer
+
+
+def _image_to_image(draw, samples, scenes):
+    scene = next(scenes)
+    return [scene, world.similar(scene, draw)], world.SIMILAR, "<image>"
+
+
+def _text_image_to_image(draw, samples, scenes):
+    while True:
+        scene = next(scenes)
+        if draw.random() < 0.5:
+            color = draw.choice(list(COLORS))
+            return [scene, world.recolor(scene, color)], world.RECOLOR.format(color), "<image>"
+        scene = Scene(scene.things[:1], scene.background)
+        relation, shape = draw.choice(list(RELATIONS)), draw.choice(SHAPES)
+        if both := world.beside(scene, relation, shape, draw):
+            return [scene, both], world.BESIDE.format(world.article(shape), relation), "<image>"
+
+
+def _write(file, rows):
+    """In groups, so that memory holds one of them, and beside the file first."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}")
+    with pq.ParquetWriter(unfinished, SCHEMA) as writer:
+        while group := list(islice(rows, ROWS_PER_GROUP)):
+            for row in group:
+                row["image"] = [{"bytes": png(scene), "path": None} for scene in row["image"]]
+            writer.write_table(pa.Table.from_pylist(group, SCHEMA))
+    unfinished.rename(file)

@@ -1,0 +1,177 @@
+"""The VQ autoencoder stage: the discrete image tokens that AR-DTok draws, trained from pixels.
+
+LlamaGen's autoencoder (paper 2406.06525, section 3.1), which the published de-tokenizers took ready-made, as
+transformers' `JanusVQVAE`: convolutions down to a grid, nearest code by cosine, convolutions up. Trained here with
+absolute and squared errors and, on request, an entropy term; LlamaGen's perceptual and adversarial losses need other
+trained networks and are left out.
+
+Shapes: B pictures, H x H pixels, M = grid x grid tokens, K codes of width D.
+"""
+
+import dataclasses
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from transformers import JanusVQVAE, JanusVQVAEConfig, default_data_collator, set_seed
+from transformers.utils import ModelOutput
+
+from tar_hf.training.recipe import Recipe, RecipeError
+from tar_hf.training.rows import BadRow, Row, open_image, read_images, square_pixels
+from tar_hf.training.ta_tok import code_statistics
+from tar_hf.training.trainer import TarTrainer, open_data, run, training_arguments
+
+
+@strict
+@dataclasses.dataclass(kw_only=True)
+class VQModelRecipe:
+    """
+    Args:
+        config (`dict`, *optional*): Fields of `JanusVQVAEConfig`; its defaults are LlamaGen's VQ-16. `num_patches` is
+            the side of the token grid.
+        init_from (`str`, *optional*): Folder or Hub id of a `JanusVQVAE` to go on with, instead.
+        mse_weight (`float`, *optional*, defaults to `1.0`): Of the squared error, beside the absolute error's 1.
+        commitment_loss_weight (`float`, *optional*, defaults to `0.25`): Of the encoder's pull towards its codes; the
+            codes' towards the encoder has the weight 1.
+        entropy_loss_weight (`float`, *optional*, defaults to `0.0`): Of a term that spreads a batch over the codes.
+        entropy_loss_temperature (`float`, *optional*, defaults to `0.05`): Of the softmax over cosines in that term.
+    """
+
+    config: dict = dataclasses.field(default_factory=dict)
+    init_from: str | None = None
+    mse_weight: float | int = 1.0
+    commitment_loss_weight: float | int = 0.25
+    entropy_loss_weight: float | int = 0.0
+    entropy_loss_temperature: float | int = 0.05
+
+    def __post_init__(self):
+        if self.init_from is not None and self.config:
+            raise RecipeError("model needs either config, for a new autoencoder, or init_from, got both")
+        known = {field.name for field in dataclasses.fields(JanusVQVAEConfig)}
+        if unknown := [key for key in self.config if key not in known]:
+            raise RecipeError(f"model.config.{unknown[0]} is no field of JanusVQVAEConfig")
+
+
+@strict
+@dataclasses.dataclass(kw_only=True)
+class VQRecipe(Recipe):
+    """Recipe of the VQ stage. The sources' pictures are used, one of each row; texts are not."""
+
+    model: VQModelRecipe
+
+
+@dataclass
+class VQOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor`): What is minimised.
+        ids (`torch.LongTensor` of shape `(B, M)`): The tokens.
+        pixels (`torch.FloatTensor` of shape `(B, 3, H, H)`): The reconstruction, nominally 0..1.
+        l1_loss, mse_loss, codebook_loss, entropy_loss (`torch.FloatTensor`): Parts of the loss, unweighted.
+    """
+
+    loss: torch.FloatTensor | None = None
+    ids: torch.LongTensor | None = None
+    pixels: torch.FloatTensor | None = None
+    l1_loss: torch.FloatTensor | None = None
+    mse_loss: torch.FloatTensor | None = None
+    codebook_loss: torch.FloatTensor | None = None
+    entropy_loss: torch.FloatTensor | None = None
+
+
+class TrainableVQVAE(JanusVQVAE):
+    """`JanusVQVAE` with a forward that trains: the library's own has no gradient from the pixels to the encoder."""
+
+    def forward(self, pixels: torch.FloatTensor, options: VQModelRecipe) -> VQOutput:
+        """Pixels (B, 3, H, H) in 0..1 -> tokens, reconstruction and losses."""
+        latents = self.quant_conv(self.encoder(pixels * 2 - 1))
+        with torch.autocast(latents.device.type, enabled=False):
+            # As the tokens are read off and decoded: both sides normalised, so that cosines decide.
+            z = F.normalize(latents.float().flatten(2).mT, dim=-1)
+            codebook = F.normalize(self.quantize.embedding.weight.float(), dim=-1)
+            cosines = z.flatten(0, 1) @ codebook.mT
+            ids = cosines.argmax(-1)
+            codes = codebook[ids].view_as(z)
+            codebook_loss = (codes - z.detach()).square().mean()
+            commitment_loss = (z - codes.detach()).square().mean()
+            entropy_loss = self._entropy_loss(cosines / options.entropy_loss_temperature)
+        straight_through = z + (codes - z).detach()
+        grid = straight_through.mT.unflatten(2, latents.shape[2:]).to(latents.dtype)
+        decoded = self.decoder(self.post_quant_conv(grid)).float() * 0.5 + 0.5
+        l1_loss, mse_loss = (decoded - pixels).abs().mean(), (decoded - pixels).square().mean()
+        loss = l1_loss + options.mse_weight * mse_loss + codebook_loss
+        loss = loss + options.commitment_loss_weight * commitment_loss
+        if options.entropy_loss_weight:
+            loss = loss + options.entropy_loss_weight * entropy_loss
+        return VQOutput(loss, ids.view(z.shape[:2]), decoded, l1_loss, mse_loss, codebook_loss, entropy_loss)
+
+    @staticmethod
+    def _entropy_loss(scores):
+        """Mean entropy of the tokens' distributions, less the entropy of their mean (paper 2310.05737)."""
+        probabilities = scores.softmax(-1)
+        return torch.special.entr(probabilities).sum(-1).mean() - torch.special.entr(probabilities.mean(0)).sum()
+
+
+class SquareTransform:
+    """One picture of a row, drawn where there are several -> `pixels` (3, H, H) in 0..1."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(self, row: Row, draw: random.Random) -> dict[str, torch.Tensor]:
+        if not row.images:
+            raise BadRow("the row has tokens but no picture")
+        return {"pixels": square_pixels(open_image(row.images[draw.randrange(len(row.images))]), self.size)}
+
+
+class VQTrainer(TarTrainer):
+    """Trains the autoencoder. Logged: the parts of the loss, the share of codes in use, their perplexity."""
+
+    metric_names = ("l1_loss", "mse_loss", "codebook_loss", "entropy_loss")
+    loss_is_scaled_for_ga = False  # means over the pixels and tokens of a batch
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._code_counts = torch.zeros(self.model.config.num_embeddings, dtype=torch.long, device=self.args.device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        output = model(inputs["pixels"], options=self.recipe.model)
+        for name in self.metric_names:
+            self.track(name, output[name])
+        if self.model.training:
+            ids = output.ids.flatten()
+            self._code_counts.scatter_add_(0, ids, torch.ones_like(ids))
+        return (output.loss, output) if return_outputs else output.loss
+
+    def metrics(self) -> dict[str, float]:
+        counts = self.accelerator.reduce(self._code_counts, "sum")
+        self._code_counts.zero_()
+        return super().metrics() | code_statistics(counts)
+
+
+def build(recipe: VQRecipe) -> VQTrainer:
+    """Makes or loads the autoencoder and opens the data."""
+    arguments = training_arguments(recipe, learning_rate=1e-4, adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0)
+    set_seed(recipe.seed)
+    if recipe.model.init_from is not None:
+        model = TrainableVQVAE.from_pretrained(recipe.model.init_from, dtype=torch.float32)
+    else:
+        model = TrainableVQVAE(JanusVQVAEConfig(**recipe.model.config))
+    size = model.config.num_patches * 2 ** (len(model.config.channel_multiplier) - 1)
+    data, held_out = open_data(recipe.data, arguments, SquareTransform(size), reader=read_images)
+    return VQTrainer(
+        model=model,
+        args=arguments,
+        data_collator=default_data_collator,
+        train_dataset=data,
+        eval_dataset=held_out,
+        recipe=recipe,
+    )
+
+
+def train(recipe: VQRecipe) -> Path:
+    """Trains, or goes on from the newest checkpoint. The folder that it returns loads as `JanusVQVAE`."""
+    return run(build(recipe))
