@@ -1,5 +1,7 @@
 """`tar-hf assemble`: converted parts to one repository."""
 
+import shutil
+
 from tar_hf.conversion import convert_llm
 
 
@@ -11,6 +13,18 @@ def test_assemble(run, golden, ta_tok_repo, ar_detok_repo, tar_repo, tmp_path):
     assert (status, err) == (0, []) and printed.endswith(f" -> {out}")
     files, expected = ({path.relative_to(repo) for path in repo.rglob("*")} for repo in (out, tar_repo))
     assert files == expected
+
+    # What a training run leaves beside its result stays behind.
+    trained = tmp_path / "trained"
+    shutil.copytree(ar_detok_repo("ar_dtok_64px"), trained)
+    for folder in (llm, trained):
+        for name in ("checkpoint-10/optimizer.pt", "runs/today/events"):
+            (folder / name).parent.mkdir(parents=True)
+            (folder / name).touch()
+    command[1] = tmp_path / "of-trained"
+    assert run(*command, trained, model=None)[0] == 0
+    assert {path.relative_to(command[1]) for path in command[1].rglob("*")} == expected
+    command[1] = out
 
     status, printed, (error,) = run(*command, ar_detok_repo("ar_dtok_64px"), model=None)
     assert (status, printed) == (2, []) and "exists already" in error

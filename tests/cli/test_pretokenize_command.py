@@ -50,7 +50,7 @@ def test_every_model_and_option(run, rows, ta_tok_repo, ar_detok_repo, diffusion
     assert row.codes[0].keys() == {1, 2, 3} and len(row.vq_ids[0]) == 16 and len(row.latents[0]) == 4 * 8 * 8
 
 
-def test_wrong_input(run, rows, ta_tok_repo, tar_repo, tmp_path):
+def test_wrong_input(run, rows, ta_tok_repo, tar_repo, tmp_path, capsys):
     def fails(*arguments, model=None):
         status, printed, errors = run("pretokenize", rows, "-o", tmp_path / "out", *arguments, model=model)
         assert (status, printed) == (2, []) and errors[-1].startswith("tar-hf: error: ")
@@ -64,4 +64,8 @@ def test_wrong_input(run, rows, ta_tok_repo, tar_repo, tmp_path):
     assert "more than max_bad_rows=0; the last was row 2" in fails("--ta-tok", ta_tok_repo(), "--max-bad-rows", 0)
     shutil.rmtree(tmp_path / "out")
     assert run("pretokenize", rows, "-o", tmp_path / "out")[0] == 0
-    assert "was started with scales=[1, 2, 3], and now it is [1]" in fails("--scales", 1, model=tar_repo) or True
+    assert "was started with scales=[1, 2, 3], and now it is [1]" in fails("--scales", 1, model=tar_repo)
+    for option in ("--max-bad-rows", "--num-workers"):
+        with pytest.raises(SystemExit, match="2"):
+            fails(option, -1)
+        assert "expected a whole number from 0 on, got '-1'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What the tests of the language model stage share."""
+"""What the tests of the language model stage share, and a small recipe of every stage."""
 
 import json
 import random
@@ -73,3 +73,77 @@ def plain_llm(golden, tmp_path_factory):
         return made[tied]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def stage_recipe(llm_rows, ta_tok_repo, ar_detok_repo, diffusion_detok_repo, tar_repo, tmp_path_factory):
+    """Gives the content of a stage's small recipe: four steps on four of six pictures or on four conversations."""
+    import numpy as np
+    import torch
+    from PIL import Image
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    folder = tmp_path_factory.mktemp("stages")
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).resize((60, 50), Image.Resampling.NEAREST).save(folder / f"{i}.png")
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps({"image": f"{i}.png"}) for i in range(6)))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3}
+    SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=56, patch_size=14)).save_pretrained(folder / "teacher")
+
+    still = ("condition_dropout", "embedding_dropout", "residual_dropout", "mlp_dropout")
+    models = {
+        "ta-tok": {
+            "teacher": str(folder / "teacher"),
+            "llm": str(tar_repo),
+            "codebook_size": 48,
+            "decoder_layers": 1,
+            "decoder_config": {"num_attention_heads": 2, "intermediate_size": 64},
+        },
+        "ar-detok": {"ta_tok": str(ta_tok_repo()), "init_from": str(ar_detok_repo()), **dict.fromkeys(still, 0.0)},
+        "diffusion-detok": {"base": str(diffusion_detok_repo()), "ta_tok": str(ta_tok_repo())},
+        "llm": {"base": str(tar_repo)},
+    }
+
+    def content(stage, output):
+        return {
+            "output_dir": str(output),
+            "model": dict(models[stage]),
+            "data": {"sources": [{"path": str(llm_rows if stage == "llm" else folder / "rows.jsonl")}]},
+            "scale_weights": {1: 1, 2: 1} if stage == "ta-tok" else {3: 1} if stage == "llm" else {2: 1, 3: 1},
+            "training": {
+                "max_steps": 4,
+                "per_device_train_batch_size": 4,
+                "learning_rate": 1e-4,
+                "lr_scheduler_type": "constant",
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "use_cpu": True,
+                "disable_tqdm": True,
+            },
+        }
+
+    return content
+
+
+@pytest.fixture(scope="session")
+def alone(stage_recipe, tmp_path_factory):
+    """Gives the folder that one process made of a stage's small recipe and these overrides."""
+    import importlib
+
+    from tar_hf.cli.train import STAGES
+    from tar_hf.training.recipe import load_recipe
+
+    made = {}
+
+    def train(stage, *overrides):
+        if (stage, overrides) not in made:
+            folder = tmp_path_factory.mktemp("alone") / "out"
+            module, recipe = STAGES[stage]
+            module = importlib.import_module(f"tar_hf.training.{module}")
+            recipe = load_recipe(getattr(module, recipe), stage_recipe(stage, folder), overrides)
+            made[stage, overrides] = module.train(recipe)
+        return made[stage, overrides]
+
+    return train

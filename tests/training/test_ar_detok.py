@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, JanusVQVAE, Trainer, TrainingArgu
 from tar_hf import ARDeTokForCausalLM, TarPipeline, TATokModel
 from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
 from tar_hf.training import ar_detok
-from tar_hf.training.recipe import RecipeError, load_recipe
+from tar_hf.training.pretokenize import pretokenize
+from tar_hf.training.recipe import RecipeError, SourceRecipe, load_recipe
 from tar_hf.training.rows import BadRow, Row, square_pixels
 from tar_hf.training.trainer import training_arguments
 
@@ -293,10 +294,11 @@ def test_shipped_recipes(size, rate, decay):
     assert recipe.scale_weights == {1: 2, 2: 1, 3: 1}
 
 
-def test_a_fresh_model_takes_the_autoencoder(make, fresh, ar_detok_repo, tmp_path):
+def test_a_fresh_model_takes_the_autoencoder(make, fresh, pictures, ar_detok_repo, tmp_path):
     golden = ARDeTokForCausalLM.from_pretrained(ar_detok_repo())
     golden.vqvae.save_pretrained(tmp_path / "vqvae")
-    recipe = make(model={**fresh, "vqvae": str(tmp_path / "vqvae"), "image_size": 96, "mlp_dropout": 0.2})
+    model = {**fresh, "vqvae": str(tmp_path / "vqvae"), "image_size": 96, "mlp_dropout": 0.2}
+    recipe = make(model=model, source=pictures)
     models = [ar_detok.build(recipe).model for _ in range(2)]
     assert all(torch.equal(*pair) for pair in zip(*(m.state_dict().values() for m in models), strict=True))
     model, vqvae = models[0], JanusVQVAE.from_pretrained(tmp_path / "vqvae").state_dict()
@@ -335,6 +337,39 @@ def test_a_larger_image_goes_on_from_a_smaller_one(growth, make, rows, tmp_path)
     assert model.config.image_size == 128 and model.config.max_position_embeddings == 729 + 63
 
 
+def test_scales_of_another_ta_tok(make, ta_tok_repo, fresh, pictures, tmp_path):
+    """One that was trained at scales of its own: the losses are logged by those."""
+    ta_tok = TATokModel.from_pretrained(ta_tok_repo())
+    ta_tok.config.scales = [3, 4]
+    ta_tok.save_pretrained(tmp_path / "ta_tok")
+    TATokImageProcessor.from_pretrained(ta_tok_repo()).save_pretrained(tmp_path / "ta_tok")
+    model = {**fresh, "ta_tok": str(tmp_path / "ta_tok")}
+    trainer = trained(make(model=model, source=pictures, scale_weights={4: 1}, max_steps=1))
+    assert trainer.model.config.max_condition_tokens == 81
+    assert trainer.state.log_history[0]["loss_scale4"] == pytest.approx(losses(trainer)[0], rel=1e-4)
+
+
+def test_rows_of_another_model_are_refused(make, pictures, ta_tok_repo, ar_detok_repo, tmp_path):
+    """Pre-tokenised by models of the same sizes, which nothing but the folder's manifest tells."""
+    source = SourceRecipe(str(pictures))
+    pretokenize(source, tmp_path / "rows", ta_tok=ta_tok_repo(), ar_detok=ar_detok_repo(), scales=[3], device="cpu")
+    ar_detok.build(make(source=tmp_path / "rows", pretokenized=True))
+    model = TATokModel.from_pretrained(ta_tok_repo())
+    with torch.no_grad():
+        model.quantizer.embedding_proj.weight += 0.01
+    model.save_pretrained(tmp_path / "ta_tok")
+    with pytest.raises(RecipeError, match=f"holds codes that {ta_tok_repo()} made, with other weights than"):
+        ar_detok.build(make(source=tmp_path / "rows", pretokenized=True, model={"ta_tok": str(tmp_path / "ta_tok")}))
+    model = ARDeTokForCausalLM.from_pretrained(ar_detok_repo())
+    with torch.no_grad():
+        model.vqvae.quantize.embedding.weight += 0.01
+    model.save_pretrained(tmp_path / "ar_detok")
+    with pytest.raises(RecipeError, match=f"holds VQ tokens that {ar_detok_repo()} made"):
+        ar_detok.build(
+            make(source=tmp_path / "rows", pretokenized=True, model={"init_from": str(tmp_path / "ar_detok")})
+        )
+
+
 # Wrong input
 
 
@@ -345,10 +380,10 @@ def examples(make, **options):
 @pytest.mark.parametrize(
     ("codes", "ids", "message"),
     [
-        ({3: [0] * 81}, [0] * 64, r"vq_ids must hold 16 tokens for an image of 64 x 64 pixels, got the shape \(64,\)"),
-        ({3: [0] * 80}, [0] * 16, r"codes_scale3 must hold 81 tokens for an image, got the shape \(80,\)"),
+        ({3: [0] * 81}, [0] * 64, r"vq_ids of 64 x 64 pixels must hold 16 tokens, got the shape \(64,\)"),
+        ({3: [0] * 80}, [0] * 16, r"codes_scale3 must hold 81 tokens, got the shape \(80,\)"),
         ({3: [512] * 81}, [0] * 16, r"codes_scale3 must be in 0\.\.511, got 512\.\.512"),
-        ({3: [0] * 81}, [-1] * 16, r"vq_ids must be in 0\.\.127, got -1\.\.-1"),
+        ({3: [0] * 81}, [-1] * 16, r"vq_ids of 64 x 64 pixels must be in 0\.\.127, got -1\.\.-1"),
         ({3: [0] * 81}, None, "no vq_ids, and no picture"),
         ({1: [0] * 729}, [0] * 16, "no codes_scale3, and no picture"),
     ],
@@ -375,6 +410,8 @@ def test_pictures_where_all_rows_are_said_to_be_pretokenized(make, pictures):
         ({"init_from": None, "config": {"condition_size": 3}}, "model.config may hold .*, got condition_size"),
         ({"position_growth": "copy"}, "one of interpolate, extend, got 'copy'"),
         ({"mlp_dropout": 1.0}, "model.mlp_dropout must be in 0..1, below 1, got 1.0"),
+        ({"init_from": None, "config": {"attention_dropout": 2}}, "model.config.attention_dropout must be in 0..1"),
+        ({"init_from": None, "config": {"num_hidden_layers": 0}}, "model.config.num_hidden_layers must be at least 1"),
     ],
 )
 def test_recipes_that_contradict_themselves(model, message, make):
@@ -401,9 +438,12 @@ def test_models_that_cannot_be_made(model, message, make, fresh):
 def test_parts_that_do_not_fit(make, ta_tok_repo, fresh, tmp_path):
     with pytest.raises(RecipeError, match="another TA-Tok: it has max_condition_tokens 729, but .* need 196"):
         ar_detok.build(make(model={"ta_tok": str(ta_tok_repo("variants/ta_small_image"))}))
-    with pytest.raises(RecipeError, match="must be an AR-DTok repository or a JanusVQVAE, but .* holds ta_tok"):
+    with pytest.raises(RecipeError, match="model.vqvae .* the type ar_detok or janus_vqgan, got ta_tok"):
         ar_detok.build(make(model={**fresh, "vqvae": str(ta_tok_repo())}))
     with pytest.raises(RecipeError, match=r"has the scales \[1, 2, 3\], got 4"):
         ar_detok.build(make(scale_weights={4: 1}))
-    with pytest.raises(RecipeError, match="weight above 0 for each scale"):
+    for name, path in (("ta_tok", fresh["vqvae"]), ("init_from", ta_tok_repo())):
+        with pytest.raises(RecipeError, match=f"model.{name} .* must hold a model of the type"):
+            ar_detok.build(make(model={name: str(path)}))
+    with pytest.raises(RecipeError, match="weights above 0"):
         make(scale_weights={3: 0})

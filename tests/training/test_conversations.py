@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -150,7 +151,7 @@ def test_rows_that_cannot_be_used(conversations, tokenizer):
         conversations(row(turns, [[512]]), draw)
     for spelt in ("<I3>", "<im_start>", "<im_end>", "<S0>", "<|im_end|>", "<|endoftext|>"):
         for turns in ([("user", spelt), ("assistant", "a")], [("user", "a"), ("assistant", f"a {spelt}")]):
-            with pytest.raises(BadRow, match="must not spell"):
+            with pytest.raises(BadRow, match=f"conversation must not spell .* such as {re.escape(spelt)}"):
                 conversations(row(turns, []), draw)
     turns = [("user", "a"), ("assistant", "b")]
     length = len(conversations(row(turns, []), draw)["input_ids"])

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import DDPMScheduler, SanaPipeline, SanaTransformer2DModel
+from diffusers import AutoencoderDC, DDPMScheduler, SanaPipeline, SanaTransformer2DModel
 from PIL import Image
 from safetensors.torch import save_file
 
-from tar_hf import TarDiffusionDeTokPipeline, TarPipeline
+from tar_hf import TarDiffusionDeTokPipeline, TarPipeline, TATokImageProcessor, TATokModel
 from tar_hf.cli.train import RECIPES
 from tar_hf.modeling.modeling_negative_condition import NegativeCondition
 from tar_hf.training import diffusion_detok as stage
@@ -357,7 +357,8 @@ def test_rows_of_both_kinds_share_a_batch(make, pictures, encoded):
 
 
 def picture_example(**options):
-    defaults = {"image_size": 32, "latent_shape": SHAPE, "num_tokens": TOKENS, "image_processor": None}
+    defaults = {"image_size": 32, "latent_shape": SHAPE, "num_tokens": TOKENS}
+    defaults |= {"codebook_size": 512, "image_processor": None}
     return stage.PictureExample(**{**defaults, **options})
 
 
@@ -366,7 +367,8 @@ def picture_example(**options):
     [
         ({"latents": [torch.zeros(1000)]}, r"expected 1024 latents \(4 x 16 x 16: pictures of 32 pixels\), got 1000"),
         ({"codes": [{1: torch.zeros(729), 2: torch.zeros(169)}]}, "no codes_scale3, which the recipe"),
-        ({"codes": [{1: torch.zeros(729), 2: torch.zeros(170)}]}, "expected 169 codes in codes_scale2, got 170"),
+        ({"codes": [{1: torch.zeros(729), 2: torch.zeros(170)}]}, "codes_scale2 must hold 169 tokens, got .*170"),
+        ({"codes": [{n: torch.full((TOKENS[n],), 512) for n in TOKENS}]}, r"codes_scale1 must be in 0\.\.511, got 512"),
     ],
 )
 def test_rows_that_do_not_fit(row, message):
@@ -480,7 +482,12 @@ def test_another_image_size_is_what_checkpoints_draw(make, pictures):
         ("condition_drop=1.5", "condition_drop must be in 0..1, got 1.5"),
         ("logit_std=0", "logit_std must be above 0, got 0"),
         ("flow_shift=-1", "flow_shift must be above 0, got -1"),
-        ("scale_weights={1: 0}", "scale_weights needs a weight above 0 for each scale"),
+        ("flow_shift=.inf", "flow_shift must be above 0, got inf"),
+        ("logit_mean=.nan", "logit_mean must be finite, got nan"),
+        ("scale_weights={1: 0}", "scale_weights must give scales above 0 weights above 0"),
+        ("model.ta_tok=no/where", "model.ta_tok no/where is no folder and cannot be read"),
+        ("model.base=no/where", "model.base no/where must be a SanaPipeline or a TarDiffusionDeTokPipeline"),
+        ("model.negative_condition=no/where", "model.negative_condition no/where must be a .safetensors or"),
         ("scale_weights={4: 1}", r"has the scales \[1, 2, 3\], got 4"),
         ("model.image_size=33", "model.image_size must be a positive multiple of 2, got 33"),
     ],
@@ -509,6 +516,34 @@ def test_a_negative_condition_of_another_width_is_refused(make, tmp_path):
     save_file({"features": torch.zeros(30, 20)}, tmp_path / "negative.safetensors")
     with pytest.raises(RecipeError, match="must have the width of the features, 48, got 20"):
         stage.build(make(f"model.negative_condition={tmp_path}/negative.safetensors"))
+
+
+def test_a_ta_tok_without_scale_1(make, text_sana, ta_tok_repo, pictures, tmp_path):
+    ta_tok = TATokModel.from_pretrained(ta_tok_repo())
+    ta_tok.config.scales = [2, 3]
+    ta_tok.save_pretrained(tmp_path / "ta_tok")
+    TATokImageProcessor.from_pretrained(ta_tok_repo()).save_pretrained(tmp_path / "ta_tok")
+    options = [f"data.sources.0.path={pictures}/rows.jsonl", f"model.ta_tok={tmp_path}/ta_tok"]
+    options += [f"model.base={text_sana}", "model.new_caption_projection=true", "scale_weights={2: 1}"]
+    assert stage.build(make(*options)).model.negative_condition().shape == (169, WIDTH)
+
+
+def test_rows_of_another_model_are_refused(make, ta_tok_repo, diffusion_detok_repo, tmp_path):
+    """Pre-tokenised by models of the same sizes, which nothing but the folder's manifest tells."""
+    model = TATokModel.from_pretrained(ta_tok_repo())
+    with torch.no_grad():
+        model.quantizer.embedding_proj.weight += 0.01
+    model.save_pretrained(tmp_path / "ta_tok")
+    TATokImageProcessor.from_pretrained(ta_tok_repo()).save_pretrained(tmp_path / "ta_tok")
+    with pytest.raises(RecipeError, match=f"holds codes that {ta_tok_repo()} made, with other weights than"):
+        stage.build(make(f"model.ta_tok={tmp_path}/ta_tok"))
+    shutil.copytree(diffusion_detok_repo(), tmp_path / "base")
+    vae = AutoencoderDC.from_pretrained(tmp_path / "base" / "vae")
+    with torch.no_grad():
+        vae.encoder.conv_in.weight += 0.01
+    vae.save_pretrained(tmp_path / "base" / "vae")
+    with pytest.raises(RecipeError, match=f"holds latents that {diffusion_detok_repo()} made"):
+        stage.build(make(f"model.base={tmp_path}/base"))
 
 
 @pytest.mark.parametrize("size", [512, 1024])

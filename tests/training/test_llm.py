@@ -13,6 +13,7 @@ from tar_hf import TarPipeline, TATokModel, VisualVocabulary
 from tar_hf.training import llm
 from tar_hf.training.conversations import ConversationTokenizer, PackingCollator, PaddingCollator, to_dataset
 from tar_hf.training.llm import LLMModelRecipe, LLMRecipe, build, load_language_model, train
+from tar_hf.training.models import fingerprint
 from tar_hf.training.recipe import RecipeError, SourceRecipe, load_recipe
 from tar_hf.training.sources import open_source
 from tar_hf.training.trainer import run
@@ -226,8 +227,52 @@ def test_bases_that_cannot_be_used(plain_llm, llm_recipe, ta_tok_repo, tar_repo)
         build(llm_recipe("out", "model.init=mean"))
     with pytest.raises(RecipeError, match="model.dtype must be one of float32, .*got 'double'"):
         llm_recipe("out", "model.dtype=double")
+    with pytest.raises(RecipeError, match="model.num_scales must be at least 1, got 0"):
+        llm_recipe("out", "model.num_scales=0")
+    for base in (None, plain_llm()):  # one with visual tokens, one without
+        options = {} if base is None else {"base": base}
+        for ta_tok, message in (
+            (tar_repo, "must hold a model of the type ta_tok, got qwen2"),
+            ("none", "is no folder"),
+        ):
+            with pytest.raises(RecipeError, match=f"model.ta_tok {ta_tok} {message}"):
+                build(llm_recipe("out", f"model.ta_tok={ta_tok}", **options))
+    for lora in ([], ["lora={}"]):
+        with pytest.raises(ValueError, match="ta_tok cannot be loaded as a language model with its tokenizer: "):
+            build(llm_recipe("out", *lora, base=tar_repo / "ta_tok"))
+    with pytest.raises(ValueError, match="cannot be loaded .*FlashAttention2"):
+        build(llm_recipe("out", "model.attn_implementation=flash_attention_2"))
+    with pytest.raises(RecipeError, match="training.use_liger_kernel cannot be used here"):
+        build(llm_recipe("out", use_liger_kernel=True))
+    with pytest.raises(RecipeError, match="output_dir must be another folder than model.base"):
+        build(llm_recipe("out", f"output_dir={tar_repo / 'ta_tok' / '..'}"))
+    adapter = train(llm_recipe("adapter", "lora={r: 2}", max_steps=1))
+    for lora in ([], ["lora={}"]):
+        with pytest.raises(ValueError, match="adapter is an adapter: `tar-hf merge`"):
+            build(llm_recipe("out", *lora, base=adapter))
     with pytest.raises(RecipeError, match="targets must be one of"):
         build(llm_recipe("out", "targets=all"))
+
+
+def test_rows_of_another_ta_tok(llm_recipe, llm_rows, plain_llm, ta_tok_repo, tar_repo, tmp_path):
+    """Told by the manifest of pre-tokenised rows, where the number of codes is the same."""
+    own = fingerprint(TATokModel.from_pretrained(ta_tok_repo()).quantizer)
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "rows.jsonl").write_bytes(llm_rows.read_bytes())
+    plain = llm_recipe("out", f"data.sources.0.path={rows}", f"model.ta_tok={ta_tok_repo()}", base=plain_llm())
+    whole = llm_recipe("out", f"data.sources.0.path={rows}")
+    for made_with, fits in ((own, True), ("0123456789abcdef", False)):
+        manifest = {"parts": 1, "ta_tok": "another", "codebook_weights": made_with}
+        (rows / "pretokenize.json").write_text(json.dumps(manifest))
+        for recipe, ta_tok in ((plain, ta_tok_repo()), (whole, tar_repo / "ta_tok")):
+            if fits:
+                build(recipe)
+                continue
+            with pytest.raises(
+                RecipeError, match=f"codes that another made, with other weights than those of {ta_tok}"
+            ):
+                build(recipe)
 
 
 def test_flash_attention_gets_one_sequence(llm_recipe):

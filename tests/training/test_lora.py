@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
-from tar_hf import TarPipeline
+from tar_hf import TarPipeline, VisualVocabulary
+from tar_hf.training.conversations import ConversationTokenizer, to_dataset
 from tar_hf.training.llm import LLMRecipe, build, train
-from tar_hf.training.lora import merge_adapter
-from tar_hf.training.recipe import load_recipe
+from tar_hf.training.lora import LoRARecipe, add_lora, load_base, merge_adapter
+from tar_hf.training.recipe import RecipeError, SourceRecipe, load_recipe
+from tar_hf.training.sources import open_source
 from tar_hf.training.trainer import run
 
 LORA = "lora={r: 8, alpha: 16}"
@@ -97,12 +100,64 @@ def test_a_base_that_gets_visual_tokens_is_kept_beside_the_adapter(
     merged = Qwen2ForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.allclose(logits(merged, batch), expected, atol=1e-5)
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
+    assert metadata_load(tmp_path / "merged" / "README.md")["pipeline_tag"] == "any-to-any"
     before = Qwen2ForCausalLM.from_pretrained(output / "base")
     for after, old in ((merged.model.embed_tokens, before.model.embed_tokens), (merged.lm_head, before.lm_head)):
         changed = (after.weight != old.weight).any(-1)
         assert not changed[:VISUAL].any() and changed[VISUAL:].any()
     pipe = TarPipeline.from_pretrained(tmp_path / "merged", ta_tok=ta_tok_repo(), detokenizer=ar_detok_repo())
     assert pipe("A cat.", scale=3).images[0].size == (64, 64)
+
+
+def test_a_base_of_another_recipe_is_not_taken(llm_recipe, plain_llm, ta_tok_repo):
+    """Which a run that was killed before its first checkpoint may have left."""
+    recipe = [LORA, f"model.ta_tok={ta_tok_repo()}"]
+    build(llm_recipe("out", *recipe, base=plain_llm()))
+    with pytest.raises(RecipeError, match="base was made of another model or seed: choose another output_dir"):
+        build(llm_recipe("out", *recipe, "model.init=mean", base=plain_llm()))
+    build(llm_recipe("out", *recipe, "model.attn_implementation=eager", base=plain_llm()))
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ("{r: 0}", "lora.r and lora.alpha must be at least 1, got 0 and 128"),
+        ("{alpha: 0}", "lora.r and lora.alpha must be at least 1, got 64 and 0"),
+        ("{dropout: -0.5}", "lora.dropout must be in 0..1, without 1, got -0.5"),
+        ("{dropout: 1}", "lora.dropout must be in 0..1, without 1, got 1"),
+        ("{target_modules: [q_proj, proj]}", "lora.target_modules: the model has no layer called proj"),
+        ("{target_modules: [q_proj, lm_head]}", "lora.target_modules: lora.train_embeddings trains lm_head already"),
+        ("{target_modules: proj}", "lora: Target modules proj not found"),
+    ],
+)
+def test_adapters_that_cannot_be_made(llm_recipe, lora, message):
+    with pytest.raises(RecipeError, match=message):
+        build(llm_recipe("out", f"lora={lora}"))
+
+
+def test_trl_trains_our_adapter(llm_rows, tar_repo, tmp_path):
+    trl = pytest.importorskip("trl")
+    model, tokenizer = load_base(tar_repo)
+    vocabulary = VisualVocabulary.from_tokenizer(tokenizer)
+    conversations = ConversationTokenizer(tokenizer, vocabulary, scale_weights={3: 1})
+    trainer = trl.SFTTrainer(
+        model=add_lora(model, LoRARecipe(r=4), vocabulary),
+        args=trl.SFTConfig(
+            str(tmp_path / "trl"),
+            **{"max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1, "per_device_train_batch_size": 4},
+            **{"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}},
+            **{"use_cpu": True, "disable_tqdm": True, "report_to": "none", "save_strategy": "no", "bf16": False},
+        ),
+        train_dataset=to_dataset(open_source(SourceRecipe(str(llm_rows))), conversations),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=tar_repo)
+    merged, base = (Qwen2ForCausalLM.from_pretrained(folder) for folder in (tmp_path / "merged", tar_repo))
+    for after, before in ((merged.model.embed_tokens, base.model.embed_tokens), (merged.lm_head, base.lm_head)):
+        changed = (after.weight != before.weight).any(-1)
+        assert changed[VISUAL:].any() and not changed[:VISUAL].any()
 
 
 def test_the_embeddings_may_stay(llm_recipe, tar_repo, tmp_path):
@@ -131,8 +186,20 @@ def test_what_cannot_be_merged(tar_repo, tmp_path):
     (adapter / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "/gone/base"})
     )
+    with pytest.raises(FileNotFoundError, match=r"adapter holds no adapter_model.safetensors"):
+        merge_adapter(adapter, tmp_path / "merged")
+    (adapter / "adapter_model.safetensors").write_text("no weights")
     with pytest.raises(FileNotFoundError, match="/gone/base is not there"):
         merge_adapter(adapter, tmp_path / "merged")
     with pytest.raises(FileExistsError, match="exists already"):
         merge_adapter(adapter, adapter, base=tar_repo)
+    with pytest.raises(ValueError, match="is an adapter: `tar-hf merge` puts it and its base together"):
+        merge_adapter(adapter, tmp_path / "merged", base=adapter)
+    with pytest.raises(ValueError, match="ta_tok cannot be loaded as a language model with its tokenizer: "):
+        merge_adapter(adapter, tmp_path / "merged", base=tar_repo / "ta_tok")
+    with pytest.raises(ValueError, match="the weights of .*adapter cannot be read: "):
+        merge_adapter(adapter, tmp_path / "merged", base=tar_repo)
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="holds no adapter_config.json that can be read: "):
+        merge_adapter(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

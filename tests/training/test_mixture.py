@@ -9,6 +9,7 @@ from accelerate.data_loader import BatchSamplerShard, skip_first_batches
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from tar_hf.training.mixture import BLOCK, Mixture, Source, TooManyBadRows
+from tar_hf.training.recipe import RecipeError
 from tar_hf.training.rows import BadRow
 
 
@@ -140,12 +141,12 @@ def test_transforms_may_find_rows_bad():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_rows(workers):
-    samples = mixture([source("a", 20, bad=range(5))], 200, max_bad_rows=5)
+    samples = mixture([source("a", 20, bad=range(1, 6))], 200, max_bad_rows=5)
     for _ in DataLoader(samples, 4, collate_fn=collate, num_workers=workers):
         pass
-    samples = mixture([source("a", 20, bad=range(5))], 200, max_bad_rows=4)
+    samples = mixture([source("a", 20, bad=range(1, 6))], 200, max_bad_rows=4)
     batches = iter(DataLoader(samples, 4, collate_fn=collate, num_workers=workers))
-    message = r"5 rows could not be read, more than max_bad_rows=4; the last was row [0-4] of a: spoilt"
+    message = r"5 rows could not be read, more than max_bad_rows=4; the last was row [1-5] of a: spoilt"
     with pytest.raises(TooManyBadRows, match=message):
         list(batches)
     if workers:
@@ -154,10 +155,30 @@ def test_too_many_bad_rows(workers):
         take(mixture([source("a", 20, bad=(1,))], 20, max_bad_rows=0))
 
 
-def test_a_source_of_bad_rows_alone_ends():
-    """Fewer rows than may be bad: the limit alone would never be reached."""
+@pytest.mark.parametrize("bad", [1, 2, 3])
+def test_the_limit_alone_counts(bad):
+    """A bad row's place may be drawn for the same bad row: that is no other row."""
+    samples = mixture([source("a", 4, bad=range(1, 1 + bad))], 200, max_bad_rows=bad)
+    assert {row for _, row, _ in take(samples)} == {0, *range(1 + bad, 4)} and samples.bad_rows == bad
+
+
+def test_a_source_of_bad_rows_alone_is_refused_at_once(caplog):
+    for options, tried in (({}, 3), ({"max_bad_rows": 1}, 2)):
+        message = f"^a: none of its first {tried} rows can be used, the first of them because spoilt$"
+        with pytest.raises(RecipeError, match=message):
+            mixture([source("b", 3), source("a", 3, bad=range(3))], 10, **options)
+        with pytest.raises(RecipeError, match=message):
+            mixture([source("b", 3), source("a", 3, bad=range(3))], **options)
+    assert not caplog.records
+    assert mixture([source("a", 3, bad=(0, 1))], 10).bad_rows == 0  # none is counted yet
+
+
+def test_bad_rows_alone_have_an_end():
+    """Where the first rows were good when it was made: fewer rows than may be bad never reach the limit."""
+    samples = mixture([source("a", 3)], 10)
+    samples.sources = [source("a", 3, bad=range(3))]
     with pytest.raises(TooManyBadRows, match="101 rows of a in a row could not be read"):
-        mixture([source("a", 3, bad=range(3))], 10)[0]
+        samples[0]
 
 
 def test_held_out_rows_come_in_order():
@@ -179,6 +200,8 @@ def test_wrong_mixtures():
     for options in ({"num_samples": None, "shuffle": True}, {"num_samples": 3, "shuffle": False}):
         with pytest.raises(ValueError, match="num_samples belongs to"):
             Mixture([source("a", 1)], transform, **options)
+    with pytest.raises(RecipeError, match="max_bad_rows must be at least 0, got -1"):
+        mixture([source("a", 1)], 10, max_bad_rows=-1)
     for index in (-1, 10):
         with pytest.raises(IndexError, match=re.escape(f"expected a sample in 0..9, got {index}")):
             mixture([source("a", 1)], 10)[index]

@@ -280,6 +280,33 @@ def test_too_many_bad_rows(run, whole, tmp_path):
     assert contents(tmp_path / "out") == contents(whole)
 
 
+def test_no_good_row_at_all(models, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"image": "none.png"}\n' * 3)
+    for _ in range(2):  # the second call goes on with the first
+        with pytest.raises(TooManyBadRows, match="none of the 3 rows could be read; the last was row 2 of .*none.png"):
+            pretokenize(
+                SourceRecipe(str(tmp_path / "rows.jsonl")),
+                tmp_path / "out",
+                ar_detok=models["ar_detok"],
+                rows_per_file=2,
+            )
+
+
+def test_scales_are_those_of_the_ta_tok(run, models, tmp_path):
+    model = TATokModel.from_pretrained(models["ta_tok"])
+    TATokImageProcessor.from_pretrained(models["ta_tok"]).save_pretrained(tmp_path / "ta_tok")
+    only = dict.fromkeys(models) | {"ta_tok": tmp_path / "ta_tok", "source": {"limit": "first:1"}}
+    model.config.scales = [2, 3]
+    model.save_pretrained(tmp_path / "ta_tok")
+    run(tmp_path / "out", **only)
+    row = read_images(open_source(SourceRecipe(str(tmp_path / "out"))).rows[0], random.Random(0))
+    assert row.codes[0].keys() == {2, 3}
+    model.config.scales = [2, 5]
+    model.save_pretrained(tmp_path / "ta_tok")
+    with pytest.raises(ValueError, match="rows hold codes of the scales 1, 2 and 3, got 5"):
+        run(tmp_path / "five", **only)
+
+
 @pytest.mark.parametrize(
     ("options", "key"),
     [
@@ -326,10 +353,11 @@ def test_wrong_calls(run, models, tmp_path):
         ({"max_bad_rows": -1}, "max_bad_rows must be at least 0"),
         ({"scales": []}, "each scale once"),
         ({"scales": [1, 1]}, "each scale once"),
-        ({"scales": [4]}, "scale"),
+        ({"scales": [4]}, r"scale must be one of \[1, 2, 3\], got 4"),
+        (none | {"diffusion_detok": models["ta_tok"]}, "diffusion_detok .* must be a SanaPipeline or"),
         ({"image_size": 33}, "image_size must be a positive multiple of 2, got 33"),
-        (none | {"ta_tok": models["ar_detok"]}, "must be a repository of the model type ta_tok, got ar_detok"),
-        (none | {"ar_detok": models["ta_tok"]}, "must be a repository of the model type ar_detok, got ta_tok"),
+        (none | {"ta_tok": models["ar_detok"]}, "ta_tok .* must hold a model of the type ta_tok, got ar_detok"),
+        (none | {"ar_detok": models["ta_tok"]}, "ar_detok .* must hold a model of the type ar_detok, got ta_tok"),
     ):
         with pytest.raises(ValueError, match=message):
             run(tmp_path / "out", **options)
@@ -338,8 +366,6 @@ def test_wrong_calls(run, models, tmp_path):
     (tmp_path / "out" / "file").touch()
     with pytest.raises(FileExistsError, match="holds something else"):
         run(tmp_path / "out")
-    with pytest.raises(OSError, match="diffusion_pytorch_model.safetensors"):
-        run(tmp_path / "new", diffusion_detok=models["ta_tok"])
     (tmp_path / "out" / "pretokenize.json").write_text("{")
     with pytest.raises(RecipeError, match="is not JSON"):
         run(tmp_path / "out")

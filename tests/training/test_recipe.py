@@ -63,6 +63,7 @@ def test_wrong_recipes_name_the_key(recipe, message):
     [
         ("seed", "expected key=value, got 'seed'"),
         ("data.sources.1.ratio=2", "expected a number below 1, got '1'"),
+        ("model={path", "model: '{path' is not YAML"),
         ("modle.width=2", "unknown key modle, did you mean model"),
     ],
 )

@@ -219,14 +219,21 @@ def test_wrong_limits(ten, limit, message):
         open_source(SourceRecipe(ten, limit=limit))
 
 
-def test_places_without_rows(tmp_path):
+def test_places_without_rows(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "empty.json").write_text("[]")
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "empty.parquet")
-    for name in ("empty", "none.json", "no/such/folder", "none*.parquet"):
-        with pytest.raises(FileNotFoundError, match="holds no parquet"):
-            open_source(SourceRecipe(str(tmp_path / name)))
+    monkeypatch.chdir(tmp_path)
+    for name, message in (
+        ("empty", "holds no parquet"),
+        ("none*.parquet", "holds no parquet"),
+        ("none.json", "is neither a file nor a folder"),
+        ("no/such/folder", "is neither a file nor a folder"),
+        ("folder/none.jsonl", "is neither a file nor a folder"),  # no id on the Hub
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            open_source(SourceRecipe(name))
     for name in ("empty.jsonl", "empty.json", "empty.parquet"):
         with pytest.raises(RecipeError, match=f"{name} has no rows"):
             open_source(SourceRecipe(str(tmp_path / name)))

@@ -159,9 +159,10 @@ def test_bad_rows(tmp_path, caplog, workers):
 
 def test_no_end_without_an_error(tmp_path, one_file):
     """Fewer rows than readers, bad rows alone, no rows at all: an error, and no wait for what cannot come."""
-    bad = write(tmp_path / "bad.jsonl", range(3), bad=range(3))
+    samples = stream(write(tmp_path / "bad.jsonl", range(3)))
+    write(tmp_path / "bad.jsonl", range(3), bad=range(3))  # after the first rows were looked at
     with pytest.raises(TooManyBadRows, match="101 rows of .*bad.jsonl in a row could not be read"):
-        take(stream(bad), 1)
+        take(samples, 1)
     few = write(tmp_path / "few.jsonl", range(3))
     loading = {"process_index": 1, "num_processes": 2, "batch_size": 2}
     batches = iter(DataLoader(stream(one_file, few, loading=loading), 2, num_workers=2, collate_fn=list))
@@ -172,6 +173,14 @@ def test_no_end_without_an_error(tmp_path, one_file):
     empty.write_text("")
     with pytest.raises(RecipeError, match="empty.jsonl has no rows"):
         take(stream(str(empty)), 1)
+
+
+def test_a_source_of_bad_rows_alone_is_refused_at_once(one_file, tmp_path, caplog):
+    bad = write(tmp_path / "bad.jsonl", range(24), bad=range(20))
+    with pytest.raises(RecipeError, match=r"bad.jsonl: none of its first 6 rows can be used, .* because spoilt$"):
+        stream(one_file, bad, max_bad_rows=5)
+    assert not caplog.records
+    assert stream(one_file, bad, max_bad_rows=20).bad_rows == 0
 
 
 def test_wrong_streams(one_file):

@@ -277,7 +277,7 @@ def test_unfit_teachers(parts, tmp_path):
     with pytest.raises(RecipeError, match="select_layer -5 is none of the 4 hidden states"):
         ta_tok.load_teacher(str(parts / "teacher"), -5)
     Siglip2VisionModel(Siglip2VisionConfig(**SIZES, num_hidden_layers=1)).save_pretrained(tmp_path / "naflex")
-    with pytest.raises(RecipeError, match="a fixed resolution, .* got 'siglip2_vision_model'"):
+    with pytest.raises(RecipeError, match="the type siglip or siglip_vision_model, got siglip2_vision_model"):
         ta_tok.load_teacher(str(tmp_path / "naflex"), -2)
     config = SiglipVisionConfig.from_pretrained(parts / "teacher", num_hidden_layers=5)
     SiglipVisionModel.from_pretrained(parts / "teacher").save_pretrained(tmp_path / "holes")
@@ -332,11 +332,32 @@ def test_goes_on_with_a_published_ta_tok(ta_tok_repo, tar_repo, recipe, tmp_path
         ("scale_weights={0: 1}", "scale_weights must give"),
         ("scale_weights={5: 1}", "scale 5 in scale_weights leaves no token of 4 x 4 patches"),
         ("model.decoder_config={}", "12 attention heads do not divide the teacher's width 32"),
+        ("model.decoder_config.num_attention_heads=0", "0 attention heads do not divide"),
+        ("model.decoder_config.num_attention_heads=two", "model.decoder_config: .* expected int, got str"),
+        ("model.decoder_config.num_patches=37", "model.decoder_config.num_patches must be a square number, got 37"),
+        ("model.decoder_config.num_patches=-4", "num_patches must be a square number, got -4"),
+        ("model.decoder_config.intermediate_size=0", "intermediate_size must be above 0, got 0"),
+        ("model.decoder_config.hidden_act=sine", "hidden_act must be one of .*, got 'sine'"),
+        ("model.decoder_config.attention_dropout=1.0", r"attention_dropout must be in 0\.\.1, below 1, got 1.0"),
+        ("model.decoder_layers=0", "model.decoder_layers must be at least 1, got 0"),
+        ("model.codebook_size=0", "model.codebook_size must be at least 1, got 0"),
+        ("model.codebook_metric=manhattan", "model.codebook_metric must be one of euclidean, cosine, got 'manhattan'"),
+        ("model.teacher=no/where", "model.teacher no/where is no folder and cannot be read"),
+        ("model.llm=no/where", "model.llm no/where is no folder and cannot be read"),
     ],
 )
 def test_recipes_that_cannot_be_run(override, message, recipe):
     with pytest.raises(RecipeError, match=message):
         ta_tok.build(recipe("out", *override.split(" ") if " model." in override else [override]))
+
+
+def test_models_of_another_kind(parts, recipe):
+    for override in (f"llm={parts / 'teacher'}", f"llm=null model.init_from={parts / 'llm'}"):
+        message = {"llm=n": "must hold a model of the type ta_tok, got qwen2"}.get(
+            override[:5], "must have a tokenizer"
+        )
+        with pytest.raises(RecipeError, match=message):
+            ta_tok.build(recipe("out", *f"model.{override}".split()))
 
 
 def test_more_codes_than_words(recipe):

@@ -129,6 +129,21 @@ def test_another_recipe_does_not_go_on(make):
     assert longer.state.global_step == 4 and len(longer.seen) == 1
 
 
+def test_other_folders_are_left_alone(make, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "picture.png").touch()
+    with pytest.raises(RecipeError, match="holds picture.png and is no run's folder"):
+        make()
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match="file is a file"):
+        make("file")
+    training.run(make("done", save_strategy="no"))
+    file = tmp_path / "done" / "recipe.yaml"
+    file.write_text(file.read_text().replace("seed: 0", "seed: 1"))
+    with pytest.raises(RecipeError, match="seed=1, and this recipe says 0"):
+        make("done")
+
+
 def test_metrics_are_means_since_the_last_line(make):
     trainer = make(logging_steps=2)
     training.run(trainer)
@@ -165,6 +180,9 @@ def test_epochs_become_steps(make):
         ({"learningrate": 1}, "training.learningrate is no field of TrainingArguments, did you mean learning_rate"),
         ({"output_dir": "x"}, "training.output_dir cannot be set here: say output_dir at the top"),
         ({"train_sampling_strategy": "random"}, "training.train_sampling_strategy cannot be set here"),
+        ({"learning_rate": "abc"}, "training.learning_rate must be a number, got 'abc'"),
+        ({"gradient_accumulation_steps": 0}, "training.gradient_accumulation_steps must be above 0, got 0"),
+        ({"max_steps": 0}, "training.max_steps must be above 0, got 0"),
         ({"optim": "none"}, "training: none is not a valid OptimizerNames"),
     ],
 )

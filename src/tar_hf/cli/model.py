@@ -20,6 +20,8 @@ def check_model(arguments, *parts: str):
     folder = Path(arguments.model)
     if not folder.is_dir():
         return
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"--model {folder} is an adapter: pass what `tar-hf merge` makes of it and its base")
     kind = _read_json(folder / "config.json").get("model_type")
     if kind in ("ta_tok", "ar_detok"):
         raise ValueError(f"--model {folder} must be a Tar repository, with a language model at its root, got {kind}")

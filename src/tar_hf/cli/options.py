@@ -33,6 +33,10 @@ def count(text: str) -> int:
     return _number(text, int, lambda value: value >= 1, "a whole number from 1 on")
 
 
+def natural(text: str) -> int:
+    return _number(text, int, lambda value: value >= 0, "a whole number from 0 on")
+
+
 def limit(text: str) -> int:
     return _number(text, int, lambda value: value >= 0, "a whole number, or 0 for no limit")
 

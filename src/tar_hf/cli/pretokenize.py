@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from tar_hf.cli.model import check_model
-from tar_hf.cli.options import count, limit
+from tar_hf.cli.options import count, natural
 from tar_hf.cli.progress import progress
 
 
@@ -21,7 +21,7 @@ def add_parser(commands):
     parser.add_argument("--model", metavar="REPO", help="Tar repository, for the codes of its TA-Tok")
     parser.add_argument("--ta-tok", metavar="REPO", help="TA-Tok repository, for its codes")
     parser.add_argument(
-        "--scales", type=int, choices=(1, 2, 3), nargs="+", default=[1, 2, 3], help="of the codes; default 1 2 3"
+        "--scales", type=int, choices=(1, 2, 3), nargs="+", help="of the codes; default: all that TA-Tok has"
     )
     parser.add_argument("--ar-detok", metavar="REPO", help="AR-DTok repository, for its VQ tokens")
     parser.add_argument(
@@ -32,10 +32,10 @@ def add_parser(commands):
     parser.add_argument("--split", default="train", help="of a Hub data set; default train")
     parser.add_argument("--limit", help="rows that take part: first:1000, end:10%%, random:1000")
     parser.add_argument("--batch-size", type=count, default=8, metavar="N", help="images at a time; default 8")
-    parser.add_argument("--num-workers", type=limit, default=0, metavar="N", help="processes that read pictures")
+    parser.add_argument("--num-workers", type=natural, default=0, metavar="N", help="processes that read pictures")
     parser.add_argument("--rows-per-file", type=count, default=1000, metavar="N", help="default 1000")
     parser.add_argument(
-        "--max-bad-rows", type=limit, default=100, metavar="N", help="how many may be left out; default 100"
+        "--max-bad-rows", type=natural, default=100, metavar="N", help="how many may be left out; default 100"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the one of the files")
     parser.add_argument("--device", help="such as cpu or cuda:1; default: a GPU for each process, else the CPU")

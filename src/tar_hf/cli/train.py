@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -51,7 +52,7 @@ def run(arguments):
             raise
         raise ValueError(f"training needs {error.name}: pip install 'tar-hf[train]'") from error
     from tar_hf.training.mixture import TooManyBadRows
-    from tar_hf.training.recipe import load_recipe, show_recipe
+    from tar_hf.training.recipe import RecipeError, load_recipe, show_recipe
 
     if not sys.stderr.isatty():
         hide_loading_bars()
@@ -61,10 +62,10 @@ def run(arguments):
         return
     try:
         output = module.train(recipe)
-    except TooManyBadRows as error:  # a loading process hands on its whole traceback, and the reason comes last
-        raise ValueError(
-            str(error).strip().splitlines()[-1].removeprefix(f"{TooManyBadRows.__qualname__}: ")
-        ) from error
+    except (TooManyBadRows, RecipeError) as error:
+        # A loading process hands on its whole traceback, and the reason comes last, behind the error's name.
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(re.sub(r"^[\w.]+: ", "", reason) if "Traceback" in str(error) else str(error)) from error
     print(f"{output}: trained, the recipe beside it")
 
 

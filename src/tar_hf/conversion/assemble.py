@@ -10,6 +10,7 @@ from tar_hf.conversion.checkpoint import ConversionError
 from tar_hf.conversion.folder import read_json
 from tar_hf.conversion.model_card import write_model_card
 from tar_hf.conversion.output import new_folder
+from tar_hf.conversion.publish import IGNORED
 from tar_hf.pipelines.tar_repository import PARTS_FILE, RepoFolder, local_folder, write_pipeline_code
 
 USAGE = """
@@ -22,11 +23,13 @@ pipe("A photo of a macaw")["image"].save("macaw.png")
 
 def assemble(output: str | Path, llm: str | Path, ta_tok: str | Path, detokenizer: str | Path):
     """
-    Copies three converted repositories into one: the language model at the root, `ta_tok/` and `detokenizer/` below.
+    Copies three repositories into one: the language model at the root, `ta_tok/` and `detokenizer/` below.
+
+    A training run's checkpoints and logs, and what else `tar-hf push` would not upload, stay behind.
 
     Args:
         output (`str` or `Path`): Folder to make. It must not exist; it appears whole or not at all.
-        llm, ta_tok, detokenizer (`str` or `Path`): Folders that the converters wrote.
+        llm, ta_tok, detokenizer (`str` or `Path`): Folders that converters or training wrote.
 
     Raises:
         `ConversionError`: a folder of another kind, or parts that do not fit one another.
@@ -44,8 +47,8 @@ def assemble(output: str | Path, llm: str | Path, ta_tok: str | Path, detokenize
     if width != expected:
         raise ConversionError(f"{detokenizer} draws from features of width {expected}, but {ta_tok} makes {width}")
     with new_folder(output) as folder:
-        shutil.copytree(llm, folder, dirs_exist_ok=True)
-        shutil.copytree(ta_tok, folder / "ta_tok")
+        shutil.copytree(llm, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*IGNORED))
+        shutil.copytree(ta_tok, folder / "ta_tok", ignore=shutil.ignore_patterns(*IGNORED))
         _copy_detokenizer(detokenizer, folder / "detokenizer")
         (folder / PARTS_FILE).write_text(
             json.dumps({"ta_tok": "ta_tok", "detokenizer": "detokenizer"}, indent=2) + "\n"
@@ -74,7 +77,8 @@ def copy_parts(source: str | Path, folder: str | Path, name: str | None = None):
     shutil.copyfile(notes, folder / PARTS_FILE)
     write_pipeline_code(folder)
     if (folder / "ta_tok").is_dir():
-        write_tar_card(folder, name or folder.name)
+        base_model = None if Path(source).is_dir() else str(source)
+        write_tar_card(folder, name or folder.name, base_model)
 
 
 def write_tar_card(folder: Path, name: str, base_model: str | None = None):
@@ -104,7 +108,7 @@ def _base_model(llm: Path) -> str | None:
 
 def _copy_detokenizer(source: Path, target: Path):
     """Without the TA-Tok that a diffusion de-tokenizer may hold: weights are stored once, and it gets features here."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("ta_tok"))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("ta_tok", *IGNORED))
     index = target / "model_index.json"
     if index.is_file():
         content = {**read_json(index), "ta_tok": [None, None]}

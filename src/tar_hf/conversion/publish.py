@@ -110,6 +110,8 @@ def _parts(folder):
     if not (folder / "model_index.json").is_file():  # which names the parts of a diffusers folder
         parts += [name for name in PARTS if (folder / name).is_dir()]
     for part in parts:
+        if (folder / part / "adapter_config.json").is_file():
+            raise PublishError(f"{folder / part} is an adapter: publish what `tar-hf merge` makes of it and its base")
         if not any((folder / part / name).is_file() for name in ("config.json", "model_index.json")):
             raise PublishError(
                 f"{folder / part} has neither config.json nor model_index.json: make it with `tar-hf convert` or "

@@ -15,22 +15,30 @@ import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import JanusVQVAE, PreTrainedConfig, set_seed
+from transformers import JanusVQVAE, set_seed
 
 from tar_hf.conversion.ar_detok import write_ar_detok_card
 from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
 from tar_hf.modeling.modeling_ar_detok import ARDeTokConfig, ARDeTokForCausalLM, nearest_vq_tokens
 from tar_hf.modeling.modeling_ta_tok import TATokConfig, TATokModel
+from tar_hf.training.models import check_kind, check_made_with, check_scale_weights, check_scales
 from tar_hf.training.positions import METHODS, grid_side, grow
 from tar_hf.training.recipe import Recipe, RecipeError
-from tar_hf.training.rows import CODES, BadRow, Row, open_image, read_images, square_pixels
+from tar_hf.training.rows import (
+    CODES,
+    SCALE_WEIGHTS,
+    BadRow,
+    Row,
+    check_tokens,
+    open_image,
+    read_images,
+    square_pixels,
+)
 from tar_hf.training.trainer import TarTrainer, open_data, run, training_arguments
 
 # What `model.config` may say. The other fields follow from TA-Tok, the autoencoder and the rest of the recipe.
-ARCHITECTURE = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("fixed_positions", "rms_norm_eps", "attention_dropout", "initializer_range"),
-)
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+ARCHITECTURE = (*SIZES, "fixed_positions", "rms_norm_eps", "attention_dropout", "initializer_range")
 
 
 @strict
@@ -81,14 +89,18 @@ class ARDeTokModelRecipe:
             raise RecipeError("a fresh model needs model.vqvae, whose tokens it draws, and model.image_size")
         if not fresh and self.vqvae is not None:
             raise RecipeError("model.init_from brings its own VQ autoencoder: leave model.vqvae out")
-        if unknown := (self.config or {}).keys() - set(ARCHITECTURE):
+        config = self.config or {}
+        if unknown := config.keys() - set(ARCHITECTURE):
             raise RecipeError(f"model.config may hold {', '.join(ARCHITECTURE)}, got {min(unknown)}")
+        for name in SIZES:
+            if isinstance(config.get(name), int) and config[name] < 1:
+                raise RecipeError(f"model.config.{name} must be at least 1, got {config[name]}")
         if self.position_growth not in METHODS:
             raise RecipeError(
                 f"model.position_growth must be one of {', '.join(METHODS)}, got {self.position_growth!r}"
             )
-        for name, rate in self.dropouts.items():
-            if not 0 <= rate < 1:
+        for name, rate in {**self.dropouts, "config.attention_dropout": config.get("attention_dropout", 0)}.items():
+            if isinstance(rate, float | int) and not 0 <= rate < 1:
                 raise RecipeError(f"model.{name} must be in 0..1, below 1, got {rate}")
 
     @property
@@ -116,11 +128,10 @@ class ARDeTokRecipe(Recipe):
 
     model: ARDeTokModelRecipe
     pretokenized: bool = False
-    scale_weights: dict[int, float | int] = dataclasses.field(default_factory=lambda: {1: 2, 2: 1, 3: 1})
+    scale_weights: dict[int, float | int] = dataclasses.field(default_factory=SCALE_WEIGHTS.copy)
 
     def __post_init__(self):
-        if not self.scale_weights or not all(weight > 0 for weight in self.scale_weights.values()):
-            raise RecipeError(f"scale_weights needs a weight above 0 for each scale, got {self.scale_weights}")
+        check_scale_weights(self.scale_weights)
 
 
 class ARDeTokExamples:
@@ -139,10 +150,12 @@ class ARDeTokExamples:
     """
 
     def __init__(self, ta_tok: TATokConfig, detokenizer: ARDeTokConfig, scales, processor=None):
-        # name: (length, number of different values)
-        self.codes = {CODES.format(scale): (ta_tok.num_tokens(scale), ta_tok.codebook_size) for scale in scales}
-        self.ids = {"vq_ids": (detokenizer.num_image_tokens, detokenizer.vocab_size)}
         self.image_size = detokenizer.image_size
+        # column: (what an error calls it, length, number of different values)
+        columns = {scale: CODES.format(scale) for scale in scales}
+        self.codes = {name: (name, ta_tok.num_tokens(scale), ta_tok.codebook_size) for scale, name in columns.items()}
+        ids = f"vq_ids of {self.image_size} x {self.image_size} pixels"
+        self.ids = {"vq_ids": (ids, detokenizer.num_image_tokens, detokenizer.vocab_size)}
         self.processor = processor
 
     def __call__(self, row: Row, draw: random.Random) -> dict[str, torch.Tensor]:
@@ -153,7 +166,7 @@ class ARDeTokExamples:
         example = {}
         for names in (self.codes, self.ids):
             if names.keys() <= given.keys():
-                example |= {name: self._checked(name, given[name], *names[name]) for name in names}
+                example |= {name: check_tokens(given[name], *names[name]) for name in names}
         missing = [name for name in (*self.codes, *self.ids) if name not in given]
         if not missing:
             return example
@@ -167,14 +180,6 @@ class ARDeTokExamples:
         if self.ids.keys() & set(missing):
             example["pixels"] = square_pixels(picture, self.image_size)
         return example
-
-    def _checked(self, name, values, length, limit):
-        if values.shape != (length,):
-            size = f" of {self.image_size} x {self.image_size} pixels" if name in self.ids else ""
-            raise BadRow(f"{name} must hold {length} tokens for an image{size}, got the shape {tuple(values.shape)}")
-        if values.min() < 0 or values.max() >= limit:
-            raise BadRow(f"{name} must be in 0..{limit - 1}, got {values.min().item()}..{values.max().item()}")
-        return values
 
 
 def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -198,8 +203,6 @@ class ARDeTokTrainer(TarTrainer):
             weights may lie in pieces on several devices. Its decoder is not used. Frozen.
     """
 
-    metric_names = ("loss_scale1", "loss_scale2", "loss_scale3", "accuracy")
-
     def __init__(
         self,
         *args,
@@ -209,6 +212,7 @@ class ARDeTokTrainer(TarTrainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self.metric_names = (*(f"loss_scale{scale}" for scale in scale_weights), "accuracy")
         self.scale_weights = scale_weights
         self.ta_tok = self._frozen(ta_tok)
         self.vq_encoder = self._frozen(vq_encoder) if vq_encoder is not None else None
@@ -228,7 +232,7 @@ class ARDeTokTrainer(TarTrainer):
         outputs = model(condition=features, labels=ids, use_cache=False)
         loss = outputs.loss.mean()  # all images have as many tokens: over batches it is the mean over tokens
         self.track(f"loss_scale{scale}", loss)
-        self.track("accuracy", (outputs.logits.detach().argmax(-1) == ids).double().mean())
+        self.track("accuracy", (outputs.logits.detach().argmax(-1) == ids).float().mean())
         return (loss, outputs) if return_outputs else loss
 
     def codes(self, inputs: dict[str, torch.Tensor], scale: int) -> torch.Tensor:
@@ -258,6 +262,7 @@ def open_model(recipe: ARDeTokModelRecipe, ta_tok: TATokConfig) -> ARDeTokForCau
     """
     condition = {"condition_size": ta_tok.hidden_size, "max_condition_tokens": ta_tok.num_tokens(min(ta_tok.scales))}
     if recipe.init_from is not None:
+        check_kind("model.init_from", recipe.init_from, "ar_detok")
         model = ARDeTokForCausalLM.from_pretrained(recipe.init_from, dtype=torch.float32, **recipe.dropouts)
         for name, value in condition.items():
             if (got := getattr(model.config, name)) != value:
@@ -286,14 +291,9 @@ def open_model(recipe: ARDeTokModelRecipe, ta_tok: TATokConfig) -> ARDeTokForCau
 
 
 def _open_vqvae(path) -> JanusVQVAE:
-    kind = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
-    if kind == "ar_detok":
+    if check_kind("model.vqvae", path, "ar_detok", "janus_vqgan") == "ar_detok":
         return ARDeTokForCausalLM.from_pretrained(path, dtype=torch.float32).vqvae
-    if kind == "janus_vqgan":
-        return JanusVQVAE.from_pretrained(path, dtype=torch.float32)
-    raise RecipeError(
-        f"model.vqvae must be an AR-DTok repository or a JanusVQVAE, but {path} holds {kind or 'neither'}"
-    )
+    return JanusVQVAE.from_pretrained(path, dtype=torch.float32)
 
 
 def build(recipe: ARDeTokRecipe) -> ARDeTokTrainer:
@@ -309,15 +309,20 @@ def build(recipe: ARDeTokRecipe) -> ARDeTokTrainer:
         prediction_loss_only=True,  # the logits of a whole evaluation fill any memory
     )
     set_seed(recipe.seed)  # fresh weights
+    check_kind("model.ta_tok", recipe.model.ta_tok, "ta_tok")
     ta_tok = TATokModel.from_pretrained(recipe.model.ta_tok, has_encoder=not recipe.pretokenized, dtype=torch.float32)
-    if unknown := recipe.scale_weights.keys() - set(ta_tok.config.scales):
-        raise RecipeError(
-            f"scale_weights: {recipe.model.ta_tok} has the scales {ta_tok.config.scales}, got {min(unknown)}"
-        )
+    check_scales(recipe.scale_weights, recipe.model.ta_tok, ta_tok.config)
     model = open_model(recipe.model, ta_tok.config)
     processor = None if recipe.pretokenized else TATokImageProcessor.from_pretrained(recipe.model.ta_tok)
     examples = ARDeTokExamples(ta_tok.config, model.config, recipe.scale_weights, processor)
     train_rows, held_out = open_data(recipe.data, arguments, examples, read_images)
+    check_made_with(
+        recipe.data,
+        {
+            "codebook_weights": (recipe.model.ta_tok, lambda: ta_tok.quantizer),
+            "vq_weights": (recipe.model.init_from or recipe.model.vqvae, lambda: model.vqvae),
+        },
+    )
     vq_encoder = None
     if not recipe.pretokenized:
         vq_encoder = copy.deepcopy(model.vqvae)

@@ -54,11 +54,11 @@ def representative_rows(
     totals = []
     for ids in candidates.split(chunk):
         rows = vectors(ids)
-        total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        total = torch.zeros(len(rows), dtype=torch.float64)  # on the CPU: not every device has float64
         for others in map(vectors, candidates.split(chunk)):
             distances = torch.cdist(rows, others) if metric == "euclidean" else 1 - rows @ others.mT
-            total += distances.sum(-1)
-        totals.append(total.cpu())
+            total += distances.sum(-1).cpu()
+        totals.append(total)
     totals = torch.cat(totals)
     if not totals.isfinite().all():
         raise ValueError("the embeddings hold values that are not finite, or too large to take distances of")

@@ -12,6 +12,7 @@ On several devices with FSDP, the class to wrap is `SanaTransformerBlock`.
 
 import dataclasses
 import functools
+import math
 import random
 from pathlib import Path
 
@@ -33,8 +34,18 @@ from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
 from tar_hf.modeling.modeling_negative_condition import NegativeCondition
 from tar_hf.modeling.modeling_ta_tok import TATokConfig, TATokModel
 from tar_hf.pipelines.pipeline_tar_diffusion_detok import TarDiffusionDeTokPipeline
+from tar_hf.training.models import check_kind, check_made_with, check_sana, check_scale_weights, check_scales
 from tar_hf.training.recipe import Recipe, RecipeError
-from tar_hf.training.rows import CODES, BadRow, Row, open_image, read_images, square_pixels
+from tar_hf.training.rows import (
+    CODES,
+    SCALE_WEIGHTS,
+    BadRow,
+    Row,
+    check_tokens,
+    open_image,
+    read_images,
+    square_pixels,
+)
 from tar_hf.training.trainer import TarTrainer, open_data, run, training_arguments
 
 TRAINABLE = ("cross-attention", "all")
@@ -65,7 +76,7 @@ class DiffusionDeTokModelRecipe:
         negative_condition (`str`, *optional*): Where it comes from: a `.safetensors` file of one tensor (n, C), a
             `.pth` file such as the published `negative_prompt_embeds.pth`, or the folder of a
             `TarDiffusionDeTokPipeline`. By default the base's own; where the base has none, small random numbers of as
-            many tokens as scale 1 has, which can only be learned.
+            many tokens as TA-Tok's finest scale has, which can only be learned.
     """
 
     base: str
@@ -99,7 +110,7 @@ class DiffusionDeTokRecipe(Recipe):
     """
 
     model: DiffusionDeTokModelRecipe
-    scale_weights: dict[int, float | int] = dataclasses.field(default_factory=lambda: {1: 2, 2: 1, 3: 1})
+    scale_weights: dict[int, float | int] = dataclasses.field(default_factory=SCALE_WEIGHTS.copy)
     condition_drop: float | int = 0.1
     timestep_sampling: str = "logit_normal"
     logit_mean: float | int = 0.0
@@ -110,12 +121,13 @@ class DiffusionDeTokRecipe(Recipe):
         _one_of("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLING)
         if not 0 <= self.condition_drop <= 1:
             raise RecipeError(f"condition_drop must be in 0..1, got {self.condition_drop}")
-        if not self.logit_std > 0:
+        if not math.isfinite(self.logit_mean):
+            raise RecipeError(f"logit_mean must be finite, got {self.logit_mean}")
+        if not 0 < self.logit_std < math.inf:
             raise RecipeError(f"logit_std must be above 0, got {self.logit_std}")
-        if self.flow_shift is not None and not self.flow_shift > 0:
+        if self.flow_shift is not None and not 0 < self.flow_shift < math.inf:
             raise RecipeError(f"flow_shift must be above 0, got {self.flow_shift}")
-        if not self.scale_weights or not all(weight > 0 for weight in self.scale_weights.values()):
-            raise RecipeError(f"scale_weights needs a weight above 0 for each scale, got {self.scale_weights}")
+        check_scale_weights(self.scale_weights)
 
 
 class FlowMatching(nn.Module):
@@ -165,9 +177,11 @@ class FlowMatching(nn.Module):
         """
         latents, noise, sigmas = latents.float(), noise.float(), sigmas.float()
         levels = sigmas[:, None, None, None]
-        condition, mask = replace_rows(features, self.negative_condition(), dropped)
+        negative = self.negative_condition()
+        dtype = negative.dtype  # the weights': DeepSpeed makes it bfloat16, and casts no inputs
+        condition, mask = replace_rows(features.to(dtype), negative, dropped)
         velocity = self.transformer(
-            (1 - levels) * latents + levels * noise,
+            ((1 - levels) * latents + levels * noise).to(dtype),
             encoder_hidden_states=condition,
             encoder_attention_mask=mask,
             timestep=sigmas * self.num_train_timesteps * self.transformer.config.timestep_scale,
@@ -220,14 +234,16 @@ class PictureExample:
         image_size (`int`): Side of the picture that is learned.
         latent_shape (`tuple[int, int, int]`): (c, h, w) of its latents.
         num_tokens (`dict[int, int]`): Codes of a picture at each scale that may be drawn.
+        codebook_size (`int`): How many different codes there are.
         image_processor (`TATokImageProcessor`): Makes TA-Tok's pixels.
 
-    Raises `BadRow`: codes or latents of another length, or a row that holds neither them nor the picture.
+    Raises `BadRow`: codes or latents of another length or range, or a row that holds neither them nor the picture.
     """
 
     image_size: int
     latent_shape: tuple[int, int, int]
     num_tokens: dict[int, int]
+    codebook_size: int
     image_processor: TATokImageProcessor
 
     def __call__(self, row: Row, draw: random.Random) -> dict:
@@ -248,10 +264,10 @@ class PictureExample:
 
     def _codes(self, codes):
         for scale, length in self.num_tokens.items():
+            name = CODES.format(scale)
             if scale not in codes:
-                raise BadRow(f"the row has no {CODES.format(scale)}, which the recipe's scale_weights ask for")
-            if len(codes[scale]) != length:
-                raise BadRow(f"expected {length} codes in {CODES.format(scale)}, got {len(codes[scale])}")
+                raise BadRow(f"the row has no {name}, which the recipe's scale_weights ask for")
+            check_tokens(codes[scale], name, length, self.codebook_size)
         return {scale: codes[scale] for scale in self.num_tokens}
 
     def _latents(self, latents):
@@ -423,9 +439,9 @@ def build(recipe: DiffusionDeTokRecipe) -> DiffusionDeTokTrainer:
         max_grad_norm=0.1,
         ddp_find_unused_parameters=False,  # every step uses all that is trained
     )
+    check_kind("model.ta_tok", recipe.model.ta_tok, "ta_tok")
     ta_tok = TATokConfig.from_pretrained(recipe.model.ta_tok)
-    if unknown := recipe.scale_weights.keys() - set(ta_tok.scales):
-        raise RecipeError(f"scale_weights: {recipe.model.ta_tok} has the scales {ta_tok.scales}, got {min(unknown)}")
+    check_scales(recipe.scale_weights, recipe.model.ta_tok, ta_tok)
     transformer, vae, noise_scheduler = load_base(recipe.model.base)
     _fit_condition(transformer, ta_tok.hidden_size, recipe)
     side = _fit_image_size(transformer, vae, recipe.model.image_size)
@@ -442,9 +458,17 @@ def build(recipe: DiffusionDeTokRecipe) -> DiffusionDeTokTrainer:
         image_size=side * vae.spatial_compression_ratio,
         latent_shape=latent_shape,
         num_tokens={scale: ta_tok.num_tokens(scale) for scale in recipe.scale_weights},
+        codebook_size=ta_tok.codebook_size,
         image_processor=TATokImageProcessor.from_pretrained(recipe.model.ta_tok),
     )
     train_data, held_out = open_data(recipe.data, arguments, example, reader=read_images)
+    check_made_with(
+        recipe.data,
+        {
+            "codebook_weights": (recipe.model.ta_tok, lambda: _quantizer(recipe.model.ta_tok)),
+            "vae_weights": (recipe.model.base, lambda: vae),
+        },
+    )
     return DiffusionDeTokTrainer(
         model=FlowMatching(transformer, negative_condition, noise_scheduler.config.num_train_timesteps),
         args=arguments,
@@ -461,14 +485,10 @@ def build(recipe: DiffusionDeTokRecipe) -> DiffusionDeTokTrainer:
 
 def load_base(base: str | Path) -> tuple[SanaTransformer2DModel, AutoencoderDC, SchedulerMixin]:
     """Transformer and VAE in float32, and the scheduler, of a `SanaPipeline` or a `TarDiffusionDeTokPipeline`."""
-    index = DiffusionPipeline.load_config(base)
-    parts = {name: (index.get(name) or (None, None))[1] for name in ("transformer", "vae", "scheduler")}
-    for name, expected in (("transformer", SanaTransformer2DModel), ("vae", AutoencoderDC)):
-        if parts[name] != expected.__name__:
-            raise RecipeError(f"{base} must have a {expected.__name__} as its {name}, got {parts[name]}")
-    scheduler_class = getattr(diffusers, str(parts["scheduler"]), None)
+    name = (check_sana("model.base", base).get("scheduler") or (None, None))[1]
+    scheduler_class = getattr(diffusers, str(name), None)
     if scheduler_class is None:
-        raise RecipeError(f"{base} must have a scheduler of diffusers, got {parts['scheduler']}")
+        raise RecipeError(f"{base} must have a scheduler of diffusers, got {name}")
     scheduler = scheduler_class.from_pretrained(base, subfolder="scheduler")
     prediction = scheduler.config.get("prediction_type", "flow_prediction")  # flow schedulers have no other
     if prediction != "flow_prediction":
@@ -478,6 +498,10 @@ def load_base(base: str | Path) -> tuple[SanaTransformer2DModel, AutoencoderDC, 
         AutoencoderDC.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32),
         scheduler,
     )
+
+
+def _quantizer(ta_tok) -> nn.Module:
+    return TATokModel.from_pretrained(ta_tok, has_encoder=False, has_decoder=False).quantizer
 
 
 def _fit_condition(transformer, width, recipe):
@@ -522,7 +546,8 @@ def _negative_condition(recipe, ta_tok) -> NegativeCondition:
                 "choose model.negative=learned"
             )
         generator = torch.Generator().manual_seed(recipe.seed)
-        features = NEGATIVE_STD * torch.randn(ta_tok.num_tokens(1), ta_tok.hidden_size, generator=generator)
+        tokens = ta_tok.num_tokens(min(ta_tok.scales))
+        features = NEGATIVE_STD * torch.randn(tokens, ta_tok.hidden_size, generator=generator)
     if features.shape[1] != ta_tok.hidden_size:
         raise RecipeError(
             f"the negative condition must have the width of the features, {ta_tok.hidden_size}, got "
@@ -545,12 +570,19 @@ def _negative_features(model) -> torch.Tensor | None:
         tensors = list(load_file(source).values())
         if len(tensors) != 1 or tensors[0].ndim != 2:
             raise RecipeError(
-                f"{source} must hold one tensor (tokens, width), got {[tuple(tensor.shape) for tensor in tensors]}"
+                f"{source} must hold one tensor (tokens, width), got {len(tensors)}, the first of the shape "
+                f"{tuple(tensors[0].shape) if tensors else None}"
             )
         return tensors[0]
     if Path(source).is_file():
         return read_negative_condition(source).features.detach()
-    return NegativeCondition.from_pretrained(source, subfolder="negative_condition").features.detach()
+    try:
+        return NegativeCondition.from_pretrained(source, subfolder="negative_condition").features.detach()
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"model.negative_condition {source} must be a .safetensors or .pth file or a TarDiffusionDeTokPipeline: "
+            f"{' '.join(str(error).split())}"
+        ) from error
 
 
 def _flow_shift(scheduler) -> float:

@@ -4,37 +4,28 @@ Paper 2506.18898; original `llava/train/train.py`. Rows are pre-tokenised, so no
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from peft import PeftModel
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from tar_hf.conversion.assemble import copy_parts
 from tar_hf.conversion.llm import write_llm_card
 from tar_hf.conversion.output import new_folder
+from tar_hf.modeling.modeling_ta_tok import TATokModel
 from tar_hf.modeling.visual_vocabulary import IMAGE_START, VisualVocabulary
-from tar_hf.training.conversations import (
-    IGNORED,
-    SCALE_WEIGHTS,
-    ConversationTokenizer,
-    PackingCollator,
-    PaddingCollator,
-)
-from tar_hf.training.lora import LoRARecipe, add_lora
+from tar_hf.training.conversations import IGNORED, ConversationTokenizer, PackingCollator, PaddingCollator
+from tar_hf.training.lora import LoRARecipe, add_lora, hub_id, load_base, load_tokenizer
+from tar_hf.training.models import check_kind, check_made_with
 from tar_hf.training.recipe import Recipe, RecipeError
+from tar_hf.training.rows import SCALE_WEIGHTS
 from tar_hf.training.trainer import TarTrainer, open_data, run, training_arguments
 
+BASE_FILE = "made_of.json"  # in a base that got its visual tokens here: of what
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -67,6 +58,8 @@ class LLMModelRecipe:
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise RecipeError(f"model.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.num_scales < 1:
+            raise RecipeError(f"model.num_scales must be at least 1, got {self.num_scales}")
 
 
 @strict
@@ -145,7 +138,8 @@ class LLMTrainer(TarTrainer):
 
     def write_card(self, folder: Path):
         if not isinstance(self.model, PeftModel):  # whose card is peft's
-            write_llm_card(folder, folder.name, self.model.config, self.vocabulary)
+            base = None if self.recipe is None else hub_id(self.recipe.model.base)
+            write_llm_card(folder, folder.name, self.model.config, self.vocabulary, base_model=base)
 
     def _save(self, output_dir=None, state_dict=None):
         in_training, self.model.config.use_cache = self.model.config.use_cache, self.use_cache
@@ -158,6 +152,14 @@ class LLMTrainer(TarTrainer):
 def build(recipe: LLMRecipe) -> LLMTrainer:
     """Everything that a run needs, as its recipe says. `RecipeError`, and the parts' own errors, for what is wrong."""
     arguments = training_arguments(recipe, learning_rate=5e-5, lr_scheduler_type="cosine", warmup_steps=0.03)
+    if arguments.use_liger_kernel:
+        raise RecipeError(
+            "training.use_liger_kernel cannot be used here: it gives no logits for the losses by modality"
+        )
+    if Path(recipe.output_dir).resolve() == Path(recipe.model.base).resolve():
+        raise RecipeError(
+            f"output_dir must be another folder than model.base {recipe.model.base}, which it would replace"
+        )
     model_recipe = recipe.model
     if recipe.lora is not None:
         with arguments.main_process_first(local=False):
@@ -173,6 +175,7 @@ def build(recipe: LLMRecipe) -> LLMTrainer:
     except ValueError as error:
         raise RecipeError(str(error)) from error
     data, held_out = open_data(recipe.data, arguments, conversations)
+    _check_codes(recipe)
     return LLMTrainer(
         model=model,
         args=arguments,
@@ -198,10 +201,7 @@ def load_language_model(
     recipe: LLMModelRecipe, seed: int = 0
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, VisualVocabulary]:
     """The base, its tokenizer and its visual vocabulary, which a base without one gets here, drawn by `seed`."""
-    tokenizer = AutoTokenizer.from_pretrained(recipe.base)
-    model = AutoModelForCausalLM.from_pretrained(
-        recipe.base, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation
-    )
+    model, tokenizer = load_base(recipe.base, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation)
     # The code that the entry is about belongs to a whole Tar repository; `copy_parts` adds both.
     vars(model.config).pop("custom_pipelines", None)
     if not _has_visual_tokens(tokenizer):
@@ -215,7 +215,7 @@ def load_language_model(
             f"{recipe.base}: the tokenizer's codes end at id {vocabulary.vocab_size - 1}, but the model has {rows} rows"
         )
     if recipe.ta_tok is not None:
-        codes = AutoConfig.from_pretrained(recipe.ta_tok).codebook_size
+        codes = _codebook_size(recipe.ta_tok)
         if codes != vocabulary.codebook_size:
             raise RecipeError(
                 f"model.ta_tok {recipe.ta_tok} has {codes} codes, but {recipe.base} has tokens for "
@@ -233,28 +233,49 @@ def _expand(recipe, tokenizer, model):
     init = recipe.init or "codebook"
     if recipe.ta_tok is None:
         raise RecipeError(f"model.ta_tok is missing: {recipe.base} has no visual tokens, and TA-Tok says how many")
+    codebook_size = _codebook_size(recipe.ta_tok)
+    codebook = None
     if init == "codebook":
-        ta_tok = AutoModel.from_pretrained(recipe.ta_tok, has_encoder=False, has_decoder=False, dtype="float32")
-        what = {"codebook": ta_tok.codebook.detach()}
-    else:
-        what = {"codebook_size": AutoConfig.from_pretrained(recipe.ta_tok).codebook_size}
+        codebook = _load_codebook(recipe.ta_tok).codebook.detach()
     try:
-        return VisualVocabulary.expand(tokenizer, model, init=init, num_scales=recipe.num_scales, **what)
+        return VisualVocabulary.expand(tokenizer, model, codebook, init, codebook_size, recipe.num_scales)
     except ValueError as error:
         raise RecipeError(f"model: {error}") from error
+
+
+def _codebook_size(ta_tok):
+    check_kind("model.ta_tok", ta_tok, "ta_tok")
+    return AutoConfig.from_pretrained(ta_tok).codebook_size
+
+
+def _load_codebook(ta_tok):
+    return TATokModel.from_pretrained(ta_tok, has_encoder=False, has_decoder=False, dtype="float32")
+
+
+def _check_codes(recipe):
+    """Raises a `RecipeError` for rows whose codes are those of another TA-Tok, as far as recipe and rows tell."""
+    own = Path(recipe.model.base, "ta_tok")
+    ta_tok = recipe.model.ta_tok or (str(own) if own.is_dir() else None)
+    if ta_tok is not None:
+        check_made_with(recipe.data, {"codebook_weights": (ta_tok, lambda: _load_codebook(ta_tok).quantizer)})
 
 
 def _lora_base(recipe):
     """An adapter names its base by where it is: one that gets visual tokens here is written beside it first."""
     base = Path(recipe.model.base)
-    if _has_visual_tokens(AutoTokenizer.from_pretrained(recipe.model.base)):
+    if _has_visual_tokens(load_tokenizer(recipe.model.base)):
         return dataclasses.replace(recipe.model, base=str(base.resolve())) if base.is_dir() else recipe.model
     base = Path(recipe.output_dir).resolve() / "base"
+    made = {**dataclasses.asdict(recipe.model), "seed": recipe.seed}
+    del made["attn_implementation"]  # another one changes no weights
     if not base.is_dir():
         model, tokenizer, _ = load_language_model(recipe.model, recipe.seed)
         with new_folder(base) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            (folder / BASE_FILE).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    if json.loads((base / BASE_FILE).read_text(encoding="utf-8")) != made:
+        raise RecipeError(f"{base} was made of another model or seed: choose another output_dir, or remove it")
     return dataclasses.replace(recipe.model, base=str(base), init=None)
 
 

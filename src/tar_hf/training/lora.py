@@ -5,11 +5,15 @@ from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 from tar_hf.conversion.assemble import copy_parts
+from tar_hf.conversion.llm import write_llm_card
 from tar_hf.conversion.output import new_folder
 from tar_hf.modeling.visual_vocabulary import VisualVocabulary
+from tar_hf.training.recipe import RecipeError
 
 
 @strict
@@ -34,9 +38,19 @@ class LoRARecipe:
     target_modules: list[str] | str = "all-linear"
     train_embeddings: bool = True
 
+    def __post_init__(self):
+        if self.r < 1 or self.alpha < 1:
+            raise RecipeError(f"lora.r and lora.alpha must be at least 1, got {self.r} and {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise RecipeError(f"lora.dropout must be in 0..1, without 1, got {self.dropout}")
+
 
 def add_lora(model: PreTrainedModel, recipe: LoRARecipe, vocabulary: VisualVocabulary) -> PeftModel:
-    """The model with an adapter. Its `name_or_path` is what the adapter will name as its base."""
+    """
+    The model with an adapter. Its `name_or_path` is what the adapter will name as its base.
+
+    Raises a `RecipeError` for `target_modules` that the model does not have, or that are trained in full already.
+    """
     rows = None
     if recipe.train_embeddings:
         visual = [vocabulary.image_start_id, vocabulary.image_end_id]
@@ -45,9 +59,16 @@ def add_lora(model: PreTrainedModel, recipe: LoRARecipe, vocabulary: VisualVocab
         inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
         layers = [inputs] if outputs.weight is inputs.weight else [inputs, outputs]
         if outputs.bias is not None:  # peft's trained rows of a linear layer know no bias
-            raise ValueError("lora.train_embeddings needs an output layer without bias: set it to false")
+            raise RecipeError("lora.train_embeddings needs an output layer without bias: set it to false")
         names = {module: name for name, module in model.named_modules()}
         rows = {names[layer].rpartition(".")[2]: visual for layer in layers}
+    if isinstance(recipe.target_modules, list):  # of which peft leaves out those that it does not find
+        known = [name for name, _ in model.named_modules()]
+        for target in recipe.target_modules:
+            if not any(f".{name}".endswith(f".{target}") for name in known):
+                raise RecipeError(f"lora.target_modules: the model has no layer called {target}")
+            if target in (rows or ()):
+                raise RecipeError(f"lora.target_modules: lora.train_embeddings trains {target} already")
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.r,
@@ -56,7 +77,39 @@ def add_lora(model: PreTrainedModel, recipe: LoRARecipe, vocabulary: VisualVocab
         target_modules=recipe.target_modules,
         trainable_token_indices=rows,
     )
-    return get_peft_model(model, config)
+    try:
+        model = get_peft_model(model, config)
+    except ValueError as error:
+        raise RecipeError(f"lora: {error}") from error
+    if rows:  # peft's wrapper of the layer has no such attribute (0.21), which TRL's loss asks for
+        model.get_output_embeddings().bias = None
+    return model
+
+
+def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model. `ValueError` for a repository of another kind."""
+    if find_adapter_config_file(str(base)) is not None:
+        raise ValueError(f"{base} is an adapter: `tar-hf merge` puts it and its base together")
+    return _load(AutoTokenizer, base)
+
+
+def load_base(base: str | Path, **options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A language model and its tokenizer; `options` are the model's. `ValueError` for a repository of another kind."""
+    tokenizer = load_tokenizer(base)
+    return _load(AutoModelForCausalLM, base, **options), tokenizer
+
+
+def hub_id(base: str) -> str | None:
+    """What a model card may name as its base: an id on the Hub, and no folder of this machine."""
+    return None if Path(base).is_dir() else base
+
+
+def _load(kind, base, **options):
+    try:
+        return kind.from_pretrained(base, **options)
+    except (OSError, ValueError, ImportError) as error:  # ImportError: what an attn_implementation needs
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{base} cannot be loaded as a language model with its tokenizer: {reason}") from error
 
 
 def merge_adapter(adapter: str | Path, output: str | Path, base: str | Path | None = None):
@@ -73,17 +126,27 @@ def merge_adapter(adapter: str | Path, output: str | Path, base: str | Path | No
         `FileNotFoundError`, `FileExistsError`, and `ValueError` for a base that the adapter does not fit.
     """
     adapter = str(adapter)
-    if Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{adapter} holds no adapter_config.json: pass an adapter's folder")
-    base = str(PeftConfig.from_pretrained(adapter).base_model_name_or_path if base is None else base)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if Path(adapter).is_dir() and not (Path(adapter) / name).is_file():
+            raise FileNotFoundError(f"{adapter} holds no {name}: pass an adapter's folder")
+    try:
+        base = str(PeftConfig.from_pretrained(adapter).base_model_name_or_path if base is None else base)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{adapter} holds no adapter_config.json that can be read: {error}") from error
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise FileNotFoundError(f"the adapter's base {base} is not there: pass where it is now")
     with new_folder(output) as folder:
-        model = AutoModelForCausalLM.from_pretrained(base)
+        model, tokenizer = load_base(base)
         try:
+            vocabulary = VisualVocabulary.from_tokenizer(tokenizer)
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-        except (RuntimeError, IndexError) as error:  # shapes, rows
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"the weights of {adapter} cannot be read: {error}") from error
+        except (RuntimeError, IndexError, ValueError) as error:  # shapes, rows, names
             raise ValueError(f"{adapter} does not fit {base}: {error}") from error
+        model.config.visual_vocabulary = dataclasses.asdict(vocabulary)
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-        copy_parts(base, folder, Path(output).name)
+        tokenizer.save_pretrained(folder)
+        name = Path(output).name
+        write_llm_card(folder, name, model.config, vocabulary, base_model=hub_id(base))
+        copy_parts(base, folder, name)

@@ -4,11 +4,12 @@ Everything that is drawn for sample n depends on the seed and on n alone: the so
 open. So ranks and workers share the samples without talking to each other, and a resumed run goes on with the next one.
 """
 
+import functools
 import hashlib
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import multiprocessing
 
+from tar_hf.training.recipe import RecipeError
 from tar_hf.training.rows import BadRow, Row, read_row
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ class BadRows:
     """
 
     def __init__(self, limit: int):
+        if limit < 0:
+            raise RecipeError(f"max_bad_rows must be at least 0, got {limit}")
         self.limit = limit
         shared = multiprocessing.get_context("spawn")  # whose locks go to forked workers too
         self._known = shared.Array("q", limit + 1)
@@ -63,8 +67,27 @@ class BadRows:
 
     def attempts(self, source: str) -> Iterator[None]:
         """As many turns as it may take to find a row that is not bad: a source of bad rows alone would have no end."""
-        yield from repeat(None, self.limit + 1)
-        raise TooManyBadRows(f"{self.limit + 1} rows of {source} in a row could not be read: see the log lines above")
+        turns = max(self.limit, 100) + 1  # with a low limit too: the same bad row may be drawn again
+        yield from repeat(None, turns)
+        raise TooManyBadRows(f"{turns} rows of {source} in a row could not be read: see the log lines above")
+
+
+def check_first_rows(source: str, samples: Iterable[Callable[[random.Random], Any]]):
+    """
+    Raises a `RecipeError` where no sample can be made of a source's first rows, as many as may be bad and one more: not
+    single rows are wrong then, but what the recipe says of them. Reads one row where it is good.
+    """
+    reasons = []
+    for sample in samples:
+        try:
+            sample(random.Random(0))
+            return
+        except BadRow as error:
+            reasons.append(error)
+    if reasons:
+        raise RecipeError(
+            f"{source}: none of its first {len(reasons)} rows can be used, the first of them because {reasons[0]}"
+        ) from reasons[0]
 
 
 @dataclass
@@ -130,6 +153,9 @@ class Mixture(torch.utils.data.Dataset):
         self._schedule, self._rank, self._counts = make_block([source.ratio for source in sources], seed)
         self._orders = {}  # source: (pass, order of its rows)
         self._bad_rows = BadRows(max_bad_rows)
+        for source in sources:
+            first = range(min(max_bad_rows + 1, len(source.rows)))
+            check_first_rows(source.name, (functools.partial(self._sample, source, row) for row in first))
 
     def __len__(self) -> int:
         return self.num_samples
@@ -155,10 +181,13 @@ class Mixture(torch.utils.data.Dataset):
         draw = random.Random(f"{self.seed}/{index}")
         for _ in self._bad_rows.attempts(source.name):
             try:
-                return self.transform(self.reader(source.rows[row], draw, source.folder, source.task), draw)
+                return self._sample(source, row, draw)
             except BadRow as error:
                 self._bad_rows.add(f"row {row} of {source.name}", error)
             row = draw.randrange(len(source.rows))
+
+    def _sample(self, source, row, draw):
+        return self.transform(self.reader(source.rows[row], draw, source.folder, source.task), draw)
 
     def locate(self, index: int) -> tuple[int, int]:
         """Number of the source and of its row that sample `index` is made of."""
@@ -179,8 +208,9 @@ class Mixture(torch.utils.data.Dataset):
     def _order(self, number, passes):
         if self._orders.get(number, (None,))[0] != passes:
             rows = len(self.sources[number].rows)
-            order = np.random.default_rng([self.seed, number, passes]).permutation(rows)
-            self._orders[number] = passes, order.astype(np.uint32 if rows < 2**32 else np.uint64)
+            order = np.arange(rows, dtype=np.uint32 if rows < 2**32 else np.uint64)
+            np.random.default_rng([self.seed, number, passes]).shuffle(order)  # in place: 4 bytes a row
+            self._orders[number] = passes, order
         return self._orders[number][1]
 
 

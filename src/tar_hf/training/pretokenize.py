@@ -6,7 +6,6 @@ with the files that are missing, on any number of processes, and the result is t
 """
 
 import functools
-import hashlib
 import itertools
 import json
 import logging
@@ -23,14 +22,13 @@ import torch
 from accelerate import PartialState
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from PIL import Image
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedConfig
 
 from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
 from tar_hf.modeling.modeling_ar_detok import ARDeTokForCausalLM, nearest_vq_tokens
 from tar_hf.modeling.modeling_ta_tok import TATokModel
 from tar_hf.training.mixture import Source, TooManyBadRows
+from tar_hf.training.models import check_kind, check_sana, fingerprint
 from tar_hf.training.recipe import RecipeError, SourceRecipe
 from tar_hf.training.rows import CODES, PICTURES, SCALES, BadRow, open_image, square_pixels, stored_images
 from tar_hf.training.sources import MANIFEST, open_source
@@ -87,7 +85,7 @@ def pretokenize(
     source: SourceRecipe,
     output: str | Path,
     ta_tok: str | Path | None = None,
-    scales: Iterable[int] = SCALES,
+    scales: Iterable[int] | None = None,
     ar_detok: str | Path | None = None,
     diffusion_detok: str | Path | None = None,
     image_size: int | None = None,
@@ -112,7 +110,7 @@ def pretokenize(
         source (`SourceRecipe`): The rows. A `random` limit is drawn with the seed 0.
         output (`str` or `Path`): Folder to make, or to go on with.
         ta_tok (`str` or `Path`, *optional*): TA-Tok repository, for its codes.
-        scales (`Iterable[int]`, *optional*, defaults to `(1, 2, 3)`): Of the codes.
+        scales (`Iterable[int]`, *optional*): Of the codes, among 1, 2 and 3. By default all that TA-Tok has.
         ar_detok (`str` or `Path`, *optional*): AR-DTok repository, for the VQ tokens of its autoencoder.
         diffusion_detok (`str` or `Path`, *optional*): Repository of the diffusion de-tokenizer or a `SanaPipeline`, for
             the latents of its autoencoder, times its `scaling_factor`: float16, flat (C * h * w).
@@ -131,7 +129,7 @@ def pretokenize(
 
     Raises:
         `ValueError`: options that do not fit, or another setting than the unfinished folder has, with its name.
-        `TooManyBadRows`: more than `max_bad_rows`; the message tells the last.
+        `TooManyBadRows`: more than `max_bad_rows`, or all of them; the message tells the last.
     """
     _check(ta_tok, ar_detok, diffusion_detok, image_size, batch_size, rows_per_file, max_bad_rows)
     output, dtype = Path(output), getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -140,7 +138,7 @@ def pretokenize(
     opened = open_source(source)
     encoders = {}
     if ta_tok is not None:
-        encoders["ta_tok"] = _ta_tok(str(ta_tok), tuple(scales), dtype, device)
+        encoders["ta_tok"] = _ta_tok(str(ta_tok), scales, dtype, device)
     if ar_detok is not None:
         encoders["ar_detok"] = _ar_detok(str(ar_detok), dtype, device)
     if diffusion_detok is not None:
@@ -183,7 +181,8 @@ def pretokenize(
                 writer.add(record | {"source_row": number}, pictures)
             else:
                 writer.bad.append({"source_row": number, "reason": reason})
-                _check_bad_rows(known + len(writer.bad), max_bad_rows, f"row {number} of {opened.name}: {reason}")
+                last = f"row {number} of {opened.name}: {reason}"
+                _check_bad_rows(known + len(writer.bad), max_bad_rows, len(opened.rows), last)
             done += 1
             if callback is not None:
                 callback("rows", done, total)
@@ -211,20 +210,17 @@ def _check(ta_tok, ar_detok, diffusion_detok, image_size, batch_size, rows_per_f
 # What encodes
 
 
-def _check_kind(path, expected):
-    kind = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
-    if kind != expected:
-        raise ValueError(f"{path} must be a repository of the model type {expected}, got {kind}")
-
-
 def _ta_tok(path, scales, dtype, device):
-    _check_kind(path, "ta_tok")
+    check_kind("ta_tok", path, "ta_tok")
     model = TATokModel.from_pretrained(path, has_decoder=False, dtype=dtype).eval().to(device)
     processor = TATokImageProcessor.from_pretrained(path)
+    scales = sorted(model.config.scales if scales is None else scales)
     if not scales or len(set(scales)) < len(scales):
-        raise ValueError(f"expected each scale once, got {list(scales)}")
+        raise ValueError(f"expected each scale once, got {scales}")
     for scale in scales:
         model.config.num_tokens(scale)  # raises for an unsupported one
+        if scale not in SCALES:
+            raise ValueError(f"rows hold codes of the scales 1, 2 and 3, got {scale}: say scales without it")
 
     def encode(pixels):
         # As `TATokModel.encode`, but the vision tower runs once for all scales.
@@ -235,8 +231,9 @@ def _ta_tok(path, scales, dtype, device):
             codes[CODES.format(scale)], _ = model._quantize(pre_quantized, False, None, None)
         return codes
 
-    settings = {"ta_tok": path, "scales": sorted(scales), "ta_tok_weights": _fingerprint(model)}
-    columns = {CODES.format(scale): pa.int32() for scale in sorted(scales)}
+    settings = {"ta_tok": path, "scales": scales, "ta_tok_weights": fingerprint(model)}
+    settings["codebook_weights"] = fingerprint(model.quantizer)
+    columns = {CODES.format(scale): pa.int32() for scale in scales}
     return Encoder(settings, columns, functools.partial(_ta_tok_pixels, processor=processor), encode)
 
 
@@ -245,10 +242,10 @@ def _ta_tok_pixels(image, processor):
 
 
 def _ar_detok(path, dtype, device):
-    _check_kind(path, "ar_detok")
+    check_kind("ar_detok", path, "ar_detok")
     model = ARDeTokForCausalLM.from_pretrained(path, dtype=dtype)
     size, vqvae = model.config.image_size, model.vqvae.eval().to(device)
-    settings = {"ar_detok": path, "vq_size": size, "vq_weights": _fingerprint(vqvae)}
+    settings = {"ar_detok": path, "vq_size": size, "vq_weights": fingerprint(vqvae)}
     return Encoder(
         settings,
         {"vq_ids": pa.int32()},
@@ -258,6 +255,7 @@ def _ar_detok(path, dtype, device):
 
 
 def _diffusion_detok(path, image_size, dtype, device):
+    check_sana("diffusion_detok", path)
     vae = AutoencoderDC.from_pretrained(path, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
     vae = vae.eval().to(device)
     transformer = SanaTransformer2DModel.load_config(path, subfolder="transformer")
@@ -274,18 +272,8 @@ def _diffusion_detok(path, image_size, dtype, device):
             raise ValueError(f"the latents are not finite in {vae.dtype}: choose dtype bfloat16 or float32")
         return {"latents": latents}
 
-    settings = {"diffusion_detok": path, "image_size": image_size, "vae_weights": _fingerprint(vae)}
+    settings = {"diffusion_detok": path, "image_size": image_size, "vae_weights": fingerprint(vae)}
     return Encoder(settings, {"latents": pa.float16()}, functools.partial(square_pixels, size=image_size), encode)
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """A hash of some numbers of every weight: any training changes it, and it costs next to nothing."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        flat = weight.detach().flatten()
-        some = flat[:: max(1, flat.numel() // 64)].double().cpu().numpy()
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + some.tobytes())
-    return digest.hexdigest()[:16]
 
 
 class _Part:
@@ -391,8 +379,10 @@ def _schema(source, encoders):
 # What is written
 
 
-def _check_bad_rows(count, limit, last):
+def _check_bad_rows(count, limit, rows, last):
     logger.warning("skipped %s", last)
+    if count == rows:
+        raise TooManyBadRows(f"none of the {rows} rows could be read; the last was {last}")
     if count > limit:
         raise TooManyBadRows(f"{count} rows could not be read, more than max_bad_rows={limit}; the last was {last}")
 

@@ -33,7 +33,7 @@ class SourceRecipe:
     Rows of one kind, from one place.
 
     Args:
-        path (`str`): A `.json`, `.jsonl` or `.parquet` file, a folder of parquet files or of pictures with a
+        path (`str`): A `.json`, `.jsonl` or `.parquet` file, a folder of those or of pictures, by themselves or with a
             `metadata.jsonl` or `metadata.csv`, a folder that `datasets` saved, a pattern such as `data/*.parquet`, or
             the Hub id of a data set.
         ratio (`float`, *optional*, defaults to `1.0`): Share of this source in the mixture, relative to the others'.
@@ -134,7 +134,11 @@ def load_recipe(kind: type[R], source: str | Path | dict, overrides: Sequence[st
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise RecipeError(f"expected key=value, got {override!r}")
-        _set(content, key.split("."), yaml.load(value, _Loader), key)
+        try:
+            parsed = yaml.load(value, _Loader)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{key}: {value!r} is not YAML: {' '.join(str(error).split())}") from None
+        _set(content, key.split("."), parsed, key)
     return _build(kind, content, "")
 
 
@@ -216,7 +220,7 @@ def _read_yaml(path: Path) -> dict:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from None
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold keys and values, got {type(content).__name__}")
     return content

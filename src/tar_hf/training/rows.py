@@ -24,10 +24,11 @@ from tar_hf.pipelines.tar_prompts import IMAGE
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TASKS = ("t2i", "i2t", "both")
-DESCRIBE = "Describe the image."
+DESCRIBE = "Describe the image shortly."
 PICTURES = ("image", "images")
 CODES = "codes_scale{}"
 SCALES = (1, 2, 3)
+SCALE_WEIGHTS = {1: 2, 2: 1, 3: 1}  # the original draws from 1, 1, 2, 3
 
 
 class BadRow(ValueError):
@@ -126,6 +127,15 @@ def _rgb(image):
         image = image.convert("RGB")
     pixels = TATokImageProcessor().process_image(image, max_pixels=TATokImageProcessor.max_pixels)
     return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
+
+
+def check_tokens(values: torch.LongTensor, name: str, length: int, size: int) -> torch.LongTensor:
+    """An image's codes or VQ tokens, as they are. `BadRow`, with their name, unless `length` numbers in 0..size-1."""
+    if values.shape != (length,):
+        raise BadRow(f"{name} must hold {length} tokens, got the shape {tuple(values.shape)}")
+    if values.min() < 0 or values.max() >= size:
+        raise BadRow(f"{name} must be in 0..{size - 1}, got {values.min().item()}..{values.max().item()}")
+    return values
 
 
 def square_pixels(image: Image.Image, size: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from tar_hf.training.mixture import Source
 from tar_hf.training.recipe import RecipeError, SourceRecipe
 from tar_hf.training.rows import TASKS, BadRow
 
+SUFFIXES = (".parquet", ".json", ".jsonl")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 MANIFEST = "pretokenize.json"  # beside the files that `tar_hf.training.pretokenize` wrote
 JSON = datasets.Features({"json": datasets.Value("large_binary")})
@@ -125,9 +126,16 @@ def _find(recipe):
             return files[0].parent, *_of_one_kind(recipe, files)
     elif path.is_file():
         return path.parent, *_of_one_kind(recipe, [path])
-    elif not path.is_absolute() and len(path.parts) == 2 and path.parts[0] not in ("..", "~"):
+    elif _may_be_on_the_hub(path):
         return None, _load_from_hub, recipe
+    else:
+        raise FileNotFoundError(f"{recipe.path} is neither a file nor a folder")
     raise FileNotFoundError(f"{recipe.path} holds no parquet, JSON or JSONL files and is no folder of pictures")
+
+
+def _may_be_on_the_hub(path):
+    relative = not path.is_absolute() and path.parts[0] not in ("..", "~")
+    return relative and len(path.parts) == 2 and path.suffix not in SUFFIXES
 
 
 def _check_whole(folder, files):

@@ -5,15 +5,18 @@ Every reader, which is one DataLoader worker of one process, reads a share of ev
 whole files where there are enough of them, else every n-th row.
 """
 
+import functools
 import itertools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import datasets
 import fsspec.asyn
+import pyarrow as pa
 import torch
 
-from tar_hf.training.mixture import BadRows, Source, make_block
+from tar_hf.training.mixture import BadRows, Source, check_first_rows, make_block
 from tar_hf.training.recipe import DataRecipe, RecipeError, SourceRecipe
 from tar_hf.training.rows import BadRow, Row, read_row
 from tar_hf.training.sources import arrow_row, load, parse_limit, plain_row
@@ -68,6 +71,9 @@ class Stream(torch.utils.data.IterableDataset):
         self.num_processes = num_processes
         self._bad_rows = BadRows(max_bad_rows)
         make_block([source.ratio for source in sources], seed)  # raises for ratios that cannot be kept
+        for source in sources:
+            first = _arrow_rows(source.rows.take(max_bad_rows + 1))
+            check_first_rows(source.name, (functools.partial(self._sample, source, arrow_row(row)) for row in first))
 
     @property
     def bad_rows(self) -> int:
@@ -94,13 +100,15 @@ class Stream(torch.utils.data.IterableDataset):
             for _ in self._bad_rows.attempts(source.name):
                 name, stored = next(streams[number])
                 try:
-                    row = self.reader(plain_row(stored), draw, source.folder, source.task)
-                    sample = self.transform(row, draw)
+                    sample = self._sample(source, stored, draw)
                 except BadRow as error:
                     self._bad_rows.add(name, error)
                 else:
                     yield sample
                     break
+
+    def _sample(self, source, stored, draw):
+        return self.transform(self.reader(plain_row(stored), draw, source.folder, source.task), draw)
 
     def _rows(self, number, reader, readers):
         """Rows of a reader's share, pass after pass: what to call each, and its stored columns."""
@@ -119,7 +127,7 @@ class Stream(torch.utils.data.IterableDataset):
 
     def _share(self, number, passes, reader, readers):
         source, first = self.sources[number], self.firsts[number]
-        stream = source.rows.with_format("arrow")
+        stream = source.rows
         if first is not None:
             files = [stream.take(first)]
         else:
@@ -130,10 +138,7 @@ class Stream(torch.utils.data.IterableDataset):
         whole = len(files) >= readers
         rows = 0
         for file in order[reader::readers] if whole else order:
-            # By `iter`: plain iteration in a DataLoader worker has `datasets` divide the rows once more.
-            tables = files[file].iter(batch_size=TABLE)
-            singles = (table.slice(i, 1) for table in tables for i in range(len(table)))
-            for place, single in enumerate(singles):
+            for place, single in enumerate(_arrow_rows(files[file])):
                 if whole or rows % readers == reader:
                     yield f"row {place} of file {file} of {source.name}", arrow_row(single)
                 rows += 1
@@ -170,6 +175,13 @@ def _first(recipe: SourceRecipe) -> int | None:
     if how != "first" or percent:
         raise RecipeError(f"{recipe.path}: a stream can be limited to first:N only, got {recipe.limit!r}")
     return amount
+
+
+def _arrow_rows(stream: datasets.IterableDataset) -> Iterator[pa.Table]:
+    """The rows as tables of one."""
+    # By `iter`: plain iteration in a DataLoader worker has `datasets` divide the rows once more.
+    tables = stream.with_format("arrow").iter(batch_size=TABLE)
+    return (table.slice(i, 1) for table in tables for i in range(len(table)))
 
 
 def _shuffled(rows, size, draw):

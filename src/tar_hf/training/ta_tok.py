@@ -6,11 +6,13 @@ embeddings, and the decoder brings codes back to the teacher's features at each 
 
 import dataclasses
 import json
+import math
 import random
 from pathlib import Path
 
 import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,14 +24,16 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.activations import ACT2FN
 from transformers.utils import cached_file
 
 from tar_hf.conversion.ta_tok import write_ta_tok_card
 from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
 from tar_hf.modeling.modeling_ta_tok import TATokConfig, TATokModel
-from tar_hf.training.codebook import representative_rows
+from tar_hf.training.codebook import METRICS, representative_rows
+from tar_hf.training.models import check_kind, check_scale_weights
 from tar_hf.training.recipe import Recipe, RecipeError
-from tar_hf.training.rows import BadRow, Row, open_image, read_images
+from tar_hf.training.rows import SCALE_WEIGHTS, BadRow, Row, open_image, read_images
 from tar_hf.training.trainer import TarTrainer, open_data, run, training_arguments
 
 CODEBOOK_FILE = "codebook_rows.json"
@@ -98,6 +102,13 @@ class TATokModelRecipe:
             )
         if self.stochastic and not self.l2_normalized:
             raise RecipeError("model.stochastic draws by cosines: it needs l2_normalized")
+        if self.codebook_metric not in METRICS:
+            raise RecipeError(
+                f"model.codebook_metric must be one of {', '.join(METRICS)}, got {self.codebook_metric!r}"
+            )
+        for name in ("codebook_size", "decoder_layers"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"model.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("temperature", "entropy_loss_temperature"):
             if getattr(self, name) <= 0:
                 raise RecipeError(f"model.{name} must be above 0, got {getattr(self, name)}")
@@ -121,11 +132,10 @@ class TATokRecipe(Recipe):
     """
 
     model: TATokModelRecipe
-    scale_weights: dict[int, float | int] = dataclasses.field(default_factory=lambda: {1: 2, 2: 1, 3: 1})
+    scale_weights: dict[int, float | int] = dataclasses.field(default_factory=SCALE_WEIGHTS.copy)
 
     def __post_init__(self):
-        if not self.scale_weights or not all(s > 0 and w > 0 for s, w in self.scale_weights.items()):
-            raise RecipeError(f"scale_weights must give scales above 0 weights above 0, got {self.scale_weights}")
+        check_scale_weights(self.scale_weights)
 
 
 class Teacher(SiglipVisionModel):
@@ -145,13 +155,9 @@ def load_teacher(path: str, select_layer: int) -> Teacher:
 
     Raises `RecipeError` for another kind of model, a layer that it lacks, or missing weights.
     """
+    kind = check_kind("model.teacher", path, "siglip", "siglip_vision_model")  # SigLIP2 of a fixed resolution too
     config = AutoConfig.from_pretrained(path)
-    config = config.vision_config if config.model_type == "siglip" else config
-    if config.model_type != "siglip_vision_model":
-        raise RecipeError(
-            f"model.teacher {path}: expected a SigLIP or SigLIP2 model of a fixed resolution, model_type siglip "
-            f"or siglip_vision_model, got {config.model_type!r}"
-        )
+    config = config.vision_config if kind == "siglip" else config
     layers = config.num_hidden_layers
     kept = select_layer if select_layer >= 0 else layers + 1 + select_layer
     if not 0 <= kept <= layers:
@@ -177,7 +183,11 @@ def llm_codebook(
         metric (`str`, *optional*): As in `representative_rows`, which also says what is raised.
         device (*optional*): Where distances are taken.
     """
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    check_kind("model.llm", path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model.llm {path} must have a tokenizer: {' '.join(str(error).split())}") from error
     words = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
     embeddings = AutoModel.from_pretrained(path, dtype="auto").get_input_embeddings().weight.detach()
     others = [row for row in range(len(embeddings)) if row not in words]
@@ -188,23 +198,9 @@ def llm_codebook(
 
 def new_model(recipe: TATokModelRecipe, teacher: Teacher, embeddings: torch.Tensor) -> TATokModel:
     """A TA-Tok whose encoder is the teacher's copy and whose codebook stands on `embeddings` (K, D)."""
-    width = teacher.config.hidden_size
-    decoder = Siglip2VisionConfig(
-        **recipe.decoder_config,
-        hidden_size=width,
-        num_channels=embeddings.shape[1],
-        num_hidden_layers=recipe.decoder_layers,
-        patch_size=1,
-        vision_use_head=False,
-    )
-    if width % decoder.num_attention_heads:
-        raise RecipeError(
-            f"the decoder's {decoder.num_attention_heads} attention heads do not divide the teacher's width {width}: "
-            "set model.decoder_config.num_attention_heads"
-        )
     config = TATokConfig(
         encoder_config=teacher.config.to_diff_dict(),
-        decoder_config=decoder,
+        decoder_config=_decoder_config(recipe, teacher.config.hidden_size, embeddings.shape[1]),
         codebook_size=embeddings.shape[0],
         codebook_dim=embeddings.shape[1],
         l2_normalized=recipe.l2_normalized,
@@ -215,8 +211,37 @@ def new_model(recipe: TATokModelRecipe, teacher: Teacher, embeddings: torch.Tens
     return model
 
 
+def _decoder_config(recipe, width, code_width):
+    try:
+        config = Siglip2VisionConfig(
+            **recipe.decoder_config,
+            hidden_size=width,
+            num_channels=code_width,
+            num_hidden_layers=recipe.decoder_layers,
+            patch_size=1,
+            vision_use_head=False,
+        )
+    except (ValueError, StrictDataclassError) as error:
+        raise RecipeError(f"model.decoder_config: {' '.join(str(error).split())}") from None
+    if config.num_attention_heads < 1 or width % config.num_attention_heads:
+        raise RecipeError(
+            f"the decoder's {config.num_attention_heads} attention heads do not divide the teacher's width {width}: "
+            "set model.decoder_config.num_attention_heads"
+        )
+    for name, fits, expected in (
+        ("num_patches", math.isqrt(max(config.num_patches, 0)) ** 2 == config.num_patches > 0, "a square number"),
+        ("intermediate_size", config.intermediate_size > 0, "above 0"),
+        ("hidden_act", config.hidden_act in ACT2FN, f"one of {', '.join(ACT2FN)}"),
+        ("attention_dropout", 0 <= config.attention_dropout < 1, "in 0..1, below 1"),
+    ):
+        if not fits:
+            raise RecipeError(f"model.decoder_config.{name} must be {expected}, got {getattr(config, name)!r}")
+    return config
+
+
 def load_model(recipe: TATokModelRecipe, teacher: Teacher) -> TATokModel:
     """The TA-Tok to go on with, in float32. Raises `RecipeError` where it is not what the recipe says."""
+    check_kind("model.init_from", recipe.init_from, "ta_tok")
     model = TATokModel.from_pretrained(recipe.init_from, dtype=torch.float32)
     config = model.config
     sizes = ("hidden_size", "image_size", "patch_size", "num_hidden_layers")
@@ -310,6 +335,7 @@ class TATokTrainer(TarTrainer):
 
 def code_statistics(counts: torch.LongTensor) -> dict[str, float]:
     """How often each code was used (K,) -> the share that was used at all, and the perplexity, 1..K."""
+    counts = counts.cpu()
     if not counts.sum():
         return {}
     probabilities = counts.double() / counts.sum()

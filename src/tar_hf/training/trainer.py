@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import get_mixed_precision_context_manager, send_to_device
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tar_hf.training.mixture import Mixture
-from tar_hf.training.recipe import DataRecipe, Recipe, RecipeError, check_same_run, write_recipe
+from tar_hf.training.recipe import RECIPE_FILE, DataRecipe, Recipe, RecipeError, check_same_run, write_recipe
 from tar_hf.training.rows import Row, read_row
 from tar_hf.training.sources import open_source
 from tar_hf.training.streaming import Stream, open_stream
@@ -29,6 +30,10 @@ FIXED = {
     "train_sampling_strategy": None,
     "remove_unused_columns": None,
 }
+# Where the library divides by zero, or takes 0 for "not said".
+POSITIVE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs")
+# What a run's folder may hold before its recipe does: that of a run which was killed early.
+OF_A_RUN = (f"{PREFIX_CHECKPOINT_DIR}-*", "runs", "base")
 
 
 class TarTrainer(Trainer):
@@ -50,6 +55,18 @@ class TarTrainer(Trainer):
         self.recipe = recipe
         self._sums = None  # (metrics, 2): weighted sum and weight
         self._place = (-1, 0)  # step, and batch of this process within it
+        if self.accelerator.is_fsdp2 and self.accelerator.native_amp:
+            # accelerate would round weights, inputs, losses and gradients. Autocast alone is what one process does.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+            self.model.forward = get_mixed_precision_context_manager(True)(self.model.forward)
+
+    def _prepare_input(self, data):
+        # Without the library's cast to what DeepSpeed computes in: frozen parts take pictures in float32.
+        return send_to_device(data, self.args.device)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # what is written next says that the checkpoint is whole
 
     def training_step(self, model, inputs, *args, **kwargs):
         step, batch = self._place
@@ -136,8 +153,9 @@ def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
     Raises:
         `RecipeError`: an unknown field, one that the recipe says elsewhere, or a value that the library refuses.
     """
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    for key in recipe.training:
+    check_output(recipe)
+    known = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
+    for key, value in recipe.training.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise RecipeError(
@@ -146,6 +164,10 @@ def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
         if key in FIXED:
             elsewhere = f": say {FIXED[key]} at the top of the recipe" if FIXED[key] else ""
             raise RecipeError(f"training.{key} cannot be set here{elsewhere}")
+        if known[key].type in (int, float, "int", "float") and type(value) not in (int, float):
+            raise RecipeError(f"training.{key} must be a number, got {value!r}")
+        if key in POSITIVE and value <= 0 and (key, value) != ("max_steps", -1):
+            raise RecipeError(f"training.{key} must be above 0, got {value}")
     defaults = {"report_to": "none", "logging_steps": 10, "save_total_limit": 3}
     defaults |= {"dataloader_pin_memory": torch.accelerator.is_available(), "disable_tqdm": not sys.stderr.isatty()}
     options = {**defaults, **stage, **recipe.training}
@@ -214,6 +236,19 @@ def _open_stream(data, arguments, transform, reader):
     )
 
 
+def check_output(recipe: Recipe):
+    """Raises a `RecipeError` where the output folder is another run's, or something else altogether."""
+    output = Path(recipe.output_dir)
+    if output.exists() and not output.is_dir():
+        raise RecipeError(f"output_dir {output} is a file")
+    if (output / RECIPE_FILE).is_file():
+        check_same_run(recipe, output)
+        return
+    for path in output.glob("*"):
+        if not any(path.match(pattern) for pattern in OF_A_RUN):
+            raise RecipeError(f"output_dir {output} holds {path.name} and is no run's folder: choose another one")
+
+
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest whole checkpoint of a run: a killed process may have left half of one."""
     folders = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -237,6 +272,8 @@ def run(trainer: TarTrainer) -> Path:
     checkpoint = last_checkpoint(output)
     if trainer.recipe is not None and checkpoint is not None:
         check_same_run(trainer.recipe, checkpoint)
+    if trainer.recipe is not None and trainer.is_world_process_zero():
+        write_recipe(trainer.recipe, output)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     trainer.save_model()
     trainer.save_state()
