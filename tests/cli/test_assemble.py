@@ -1,5 +1,6 @@
 """`tar-hf assemble`: converted parts to one repository."""
 
+import json
 import shutil
 
 from tar_hf.conversion import convert_llm
@@ -31,3 +32,13 @@ def test_assemble(run, golden, ta_tok_repo, ar_detok_repo, tar_repo, tmp_path):
     out = command[1] = tmp_path / "another"
     status, printed, (error,) = run(*command, tmp_path / "none", model=None)
     assert (status, printed) == (2, []) and "none" in error and not out.exists()
+
+
+def test_a_detokenizer_of_shorter_conditions_is_refused(run, golden, ta_tok_repo, ar_detok_repo, tmp_path):
+    convert_llm(golden / "published" / "llm", tmp_path / "llm")
+    shutil.copytree(ar_detok_repo("ar_dtok_64px"), tmp_path / "short")
+    config = tmp_path / "short" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_condition_tokens": 81}))
+    command = ["assemble", tmp_path / "out", "--llm", tmp_path / "llm", "--ta-tok", ta_tok_repo()]
+    status, _, (error,) = run(*command, "--detokenizer", tmp_path / "short", model=None)
+    assert status == 2 and "takes 81 tokens of a picture at most, but" in error and "makes 729" in error

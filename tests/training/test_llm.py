@@ -244,7 +244,7 @@ def test_bases_that_cannot_be_used(plain_llm, llm_recipe, ta_tok_repo, tar_repo)
         build(llm_recipe("out", "model.attn_implementation=flash_attention_2"))
     with pytest.raises(RecipeError, match="training.use_liger_kernel cannot be used here"):
         build(llm_recipe("out", use_liger_kernel=True))
-    with pytest.raises(RecipeError, match="output_dir must be another folder than model.base"):
+    with pytest.raises(RecipeError, match="and is no run's folder: choose another"):
         build(llm_recipe("out", f"output_dir={tar_repo / 'ta_tok' / '..'}"))
     adapter = train(llm_recipe("adapter", "lora={r: 2}", max_steps=1))
     for lora in ([], ["lora={}"]):

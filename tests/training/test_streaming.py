@@ -197,7 +197,7 @@ def test_wrong_streams(one_file):
 def test_training_on_streams(one_file, tmp_path):
     def open_training(**training):
         content = {
-            "output_dir": str(tmp_path),
+            "output_dir": str(tmp_path / "out"),
             "data": {"sources": [{"path": one_file}], "streaming": True, "eval_sources": [{"path": one_file}]},
             "training": {"use_cpu": True, "per_device_train_batch_size": 3, **training},
         }

@@ -165,6 +165,13 @@ def test_scales_are_drawn_two_to_one_to_one(make):
     assert trainer.draw_scale({1: 2, 2: 1}) == 1
 
 
+def test_logged_epochs_are_passes_through_the_rows(make):
+    trainer = make(max_steps=9)
+    training.run(trainer)
+    epochs = [log["epoch"] for log in trainer.state.log_history if "loss" in log]
+    assert epochs == pytest.approx([step / 6 for step in range(1, 10)])
+
+
 def test_epochs_become_steps(make):
     assert make(max_steps=-1, num_train_epochs=2).args.max_steps == 12
     assert make(max_steps=-1, num_train_epochs=1, per_device_train_batch_size=10).args.max_steps == 3
@@ -183,6 +190,7 @@ def test_epochs_become_steps(make):
         ({"learning_rate": "abc"}, "training.learning_rate must be a number, got 'abc'"),
         ({"gradient_accumulation_steps": 0}, "training.gradient_accumulation_steps must be above 0, got 0"),
         ({"max_steps": 0}, "training.max_steps must be above 0, got 0"),
+        ({"report_to": "comet_ml"}, "training.report_to: comet_ml is not installed"),
         ({"optim": "none"}, "training: none is not a valid OptimizerNames"),
     ],
 )

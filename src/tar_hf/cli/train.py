@@ -51,6 +51,8 @@ def run(arguments):
         if error.name.split(".")[0] == "tar_hf":
             raise
         raise ValueError(f"training needs {error.name}: pip install 'tar-hf[train]'") from error
+    from accelerate import PartialState
+
     from tar_hf.training.mixture import TooManyBadRows
     from tar_hf.training.recipe import RecipeError, load_recipe, show_recipe
 
@@ -66,7 +68,8 @@ def run(arguments):
         # A loading process hands on its whole traceback, and the reason comes last, behind the error's name.
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(re.sub(r"^[\w.]+: ", "", reason) if "Traceback" in str(error) else str(error)) from error
-    print(f"{output}: trained, the recipe beside it")
+    if PartialState().is_main_process:
+        print(f"{output}: trained, the recipe beside it")
 
 
 def recipe_file(name: str) -> Path:

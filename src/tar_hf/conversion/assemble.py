@@ -11,6 +11,7 @@ from tar_hf.conversion.folder import read_json
 from tar_hf.conversion.model_card import write_model_card
 from tar_hf.conversion.output import new_folder
 from tar_hf.conversion.publish import IGNORED
+from tar_hf.modeling.modeling_ta_tok import TATokConfig
 from tar_hf.pipelines.tar_repository import PARTS_FILE, RepoFolder, local_folder, write_pipeline_code
 
 USAGE = """
@@ -46,6 +47,10 @@ def assemble(output: str | Path, llm: str | Path, ta_tok: str | Path, detokenize
     width, expected = tokenizer["encoder_config"]["hidden_size"], _feature_width(detokenizer)
     if width != expected:
         raise ConversionError(f"{detokenizer} draws from features of width {expected}, but {ta_tok} makes {width}")
+    tokens, longest = TATokConfig.from_pretrained(ta_tok), _longest_condition(detokenizer)
+    tokens = tokens.num_tokens(min(tokens.scales))
+    if longest is not None and longest < tokens:
+        raise ConversionError(f"{detokenizer} takes {longest} tokens of a picture at most, but {ta_tok} makes {tokens}")
     with new_folder(output) as folder:
         shutil.copytree(llm, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*IGNORED))
         shutil.copytree(ta_tok, folder / "ta_tok", ignore=shutil.ignore_patterns(*IGNORED))
@@ -113,6 +118,13 @@ def _copy_detokenizer(source: Path, target: Path):
     if index.is_file():
         content = {**read_json(index), "ta_tok": [None, None]}
         index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _longest_condition(folder: Path) -> int | None:
+    """How many tokens a de-tokenizer takes; SANA has no limit."""
+    return (
+        None if (folder / "model_index.json").is_file() else read_json(folder / "config.json")["max_condition_tokens"]
+    )
 
 
 def _feature_width(folder: Path) -> int:

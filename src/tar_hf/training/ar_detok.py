@@ -306,6 +306,7 @@ def build(recipe: ARDeTokRecipe) -> ARDeTokTrainer:
         adam_beta2=0.95,
         max_grad_norm=1.0,
         lr_scheduler_type="constant",
+        ddp_find_unused_parameters=False,  # every step uses all that is trained
         prediction_loss_only=True,  # the logits of a whole evaluation fill any memory
     )
     set_seed(recipe.seed)  # fresh weights

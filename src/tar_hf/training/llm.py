@@ -104,6 +104,13 @@ class LLMTrainer(TarTrainer):
         self.vocabulary = vocabulary
         self.eval_sums = None  # (metrics, 2): sum and count, while an evaluation runs
         super().__init__(*args, compute_loss_func=self._loss, **kwargs)
+        recipe = self.recipe
+        if self.is_fsdp_enabled and recipe is not None and recipe.lora is not None and recipe.lora.train_embeddings:
+            if model.config.tie_word_embeddings:
+                raise RecipeError(
+                    "FSDP cannot shard the trained rows of tied embeddings: set lora.train_embeddings to false, or "
+                    "launch with zero2.yaml"
+                )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # A vocabulary of 200000 makes logits the largest tensor by far: only positions with a target get any.
@@ -151,14 +158,16 @@ class LLMTrainer(TarTrainer):
 
 def build(recipe: LLMRecipe) -> LLMTrainer:
     """Everything that a run needs, as its recipe says. `RecipeError`, and the parts' own errors, for what is wrong."""
-    arguments = training_arguments(recipe, learning_rate=5e-5, lr_scheduler_type="cosine", warmup_steps=0.03)
+    arguments = training_arguments(
+        recipe,
+        learning_rate=5e-5,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,
+        ddp_find_unused_parameters=False,  # every step uses all that is trained
+    )
     if arguments.use_liger_kernel:
         raise RecipeError(
             "training.use_liger_kernel cannot be used here: it gives no logits for the losses by modality"
-        )
-    if Path(recipe.output_dir).resolve() == Path(recipe.model.base).resolve():
-        raise RecipeError(
-            f"output_dir must be another folder than model.base {recipe.model.base}, which it would replace"
         )
     model_recipe = recipe.model
     if recipe.lora is not None:

@@ -123,6 +123,8 @@ def _find(recipe):
             return None, _load_pictures, path
     elif any(char in recipe.path for char in "*?["):
         if files := [Path(name) for name in sorted(glob.glob(recipe.path, recursive=True))]:
+            for folder in {file.parent for file in files}:
+                _check_whole(folder, list(folder.glob("*.parquet")))
             return files[0].parent, *_of_one_kind(recipe, files)
     elif path.is_file():
         return path.parent, *_of_one_kind(recipe, [path])

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import get_mixed_precision_context_manager, send_to_device
+from accelerate.utils import get_mixed_precision_context_manager, send_to_device, set_seed
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -55,6 +56,8 @@ class TarTrainer(Trainer):
         self.recipe = recipe
         self._sums = None  # (metrics, 2): weighted sum and weight
         self._place = (-1, 0)  # step, and batch of this process within it
+        # Layers' dropout is no draw by place in the batch: at least no two processes drop the same.
+        set_seed(self.args.seed, device_specific=True)
         if self.accelerator.is_fsdp2 and self.accelerator.native_amp:
             # accelerate would round weights, inputs, losses and gradients. Autocast alone is what one process does.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
@@ -95,16 +98,16 @@ class TarTrainer(Trainer):
         if not self.model.training:
             return
         if self._sums is None:
-            self._sums = torch.zeros(len(self.metric_names), 2, dtype=torch.float64, device=self.args.device)
-        value = torch.as_tensor(value, dtype=torch.float64).detach().to(self._sums.device)
-        weight = torch.as_tensor(weight, dtype=torch.float64).detach().to(self._sums.device)
+            self._sums = torch.zeros(len(self.metric_names), 2, dtype=torch.float32, device=self.args.device)
+        value = torch.as_tensor(value, dtype=torch.float32).detach().to(self._sums.device)
+        weight = torch.as_tensor(weight, dtype=torch.float32).detach().to(self._sums.device)
         self._sums[self.metric_names.index(name)] += torch.stack([value * weight, weight])
 
     def metrics(self) -> dict[str, float]:
         """The means since the last log line, over all processes. Every process calls it. Stages may add to it."""
         if self._sums is None:
-            self._sums = torch.zeros(len(self.metric_names), 2, dtype=torch.float64, device=self.args.device)
-        sums = self.accelerator.reduce(self._sums.float(), "sum").double().cpu()
+            self._sums = torch.zeros(len(self.metric_names), 2, dtype=torch.float32, device=self.args.device)
+        sums = self.accelerator.reduce(self._sums, "sum").double().cpu()
         self._sums.zero_()
         return {
             name: (total / weight).item()
@@ -117,7 +120,12 @@ class TarTrainer(Trainer):
             logs.update(self.metrics())
             if isinstance(self.train_dataset, Mixture | Stream) and self.train_dataset.bad_rows:
                 logs["bad_rows"] = self.train_dataset.bad_rows
+        # The library calls the share of the run an epoch, as a run is one pass through what `open_data` gives.
+        share = self.state.epoch
+        if isinstance(self.train_dataset, Mixture) and share is not None:
+            self.state.epoch = share * len(self.train_dataset) / self.train_dataset.epoch_length
         super().log(logs, start_time)
+        self.state.epoch = share
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         super()._save(output_dir, state_dict)
@@ -184,6 +192,8 @@ def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
         )
     except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"training: {' '.join(str(error).split())}") from error
+    if missing := set(arguments.report_to) - set(get_available_reporting_integrations()):
+        raise RecipeError(f"training.report_to: {min(missing)} is not installed")
     if arguments.n_gpu > 1:  # DataParallel, which splits what is no batch
         raise RecipeError(
             f"one process sees {arguments.n_gpu} GPUs: start with `accelerate launch -m tar_hf.cli.main train ...`, or "
