@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from tar_hf import __version__
-from tar_hf.cli.contact_sheet import LINE_HEIGHT, LINES, MARGIN, SIDE, make_sheet, make_tile
 from tar_hf.cli.progress import progress
+from tar_hf.contact_sheet import LINE_HEIGHT, LINES, MARGIN, SIDE, make_sheet, make_tile
 
 TILE_HEIGHT = SIDE + LINES * LINE_HEIGHT + MARGIN // 2
 

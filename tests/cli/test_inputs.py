@@ -171,7 +171,6 @@ DRAW = ["generate", "a", "-o", "out.png"]
 @pytest.mark.parametrize(
     ("arguments", "model", "said"),
     [
-        (DRAW, None, "--model REPO is missing"),
         (DRAW, "./missing", "--model ./missing is neither a folder nor a Hub id"),
         (DRAW, "missing", "--model missing is neither a folder nor a Hub id"),
         (DRAW, "photo.png", "--model photo.png is neither a folder nor a Hub id"),

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from tar_hf.cli.contact_sheet import make_sheet, make_tile
 from tar_hf.cli.inputs import check_pictures, check_prompts, read_prompts
 from tar_hf.cli.model import check_model, load_model, model_settings
 from tar_hf.cli.options import (
@@ -17,6 +16,7 @@ from tar_hf.cli.options import (
 )
 from tar_hf.cli.output import check_new_file, save_png
 from tar_hf.cli.progress import progress
+from tar_hf.contact_sheet import make_sheet, make_tile
 
 
 def add_parser(commands):

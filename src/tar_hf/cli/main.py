@@ -6,7 +6,7 @@ import signal
 import sys
 
 from tar_hf._version import __version__
-from tar_hf.cli import assemble, codes, convert, describe, generate, merge, pretokenize, push, train
+from tar_hf.cli import assemble, codes, convert, describe, evaluate, generate, merge, pretokenize, push, train
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -18,6 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_parser(commands)
     describe.add_parser(commands)
     codes.add_parsers(commands)
+    evaluate.add_parser(commands)
     convert.add_parser(commands)
     assemble.add_parser(commands)
     push.add_parser(commands)
@@ -28,11 +29,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command. Exit status: 0, 2 for wrong input (one line on stderr), 130 after an interrupt."""
+    """Runs one command. Exit status: 0, 1 for a check that failed, 2 for wrong input (one line on stderr), 130 after
+    an interrupt."""
     arguments = build_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written folders are removed then too
     try:
-        arguments.run(arguments)
+        status = arguments.run(arguments)
     except KeyboardInterrupt:
         return 130
     except (ValueError, TypeError, OSError) as error:
@@ -40,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"tar-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

@@ -6,13 +6,22 @@ import sys
 import textwrap
 from pathlib import Path
 
+from tar_hf.mini import tar_mini_folder
+
+ABOUT_DEFAULT = "tar-mini draws circles, squares and triangles in six colors; --model for a full model"
 LONGEST_REASON = 400  # characters; some errors of the libraries list all that they know
 
 
 def check_model(arguments, *parts: str):
-    """Raises for a --model or --detokenizer that cannot be one, or a local folder without `parts` that are needed."""
-    if arguments.model is None:
-        raise ValueError("--model REPO is missing: pass a folder that `tar-hf assemble` made, or a Hub id (user/name)")
+    """
+    Raises for a --model or --detokenizer that cannot be one, or a local folder without `parts` that are needed.
+
+    Without --model, or where it is a name of ours, `arguments.model` becomes the folder in the package.
+    """
+    from tar_hf.pipelines.tar_repository import named_model
+
+    arguments.model_by_default = arguments.model is None
+    arguments.model = str(tar_mini_folder() if arguments.model is None else named_model(arguments.model))
     detokenizer = getattr(arguments, "detokenizer", None)
     for option, value in (("--model", arguments.model), ("--detokenizer", detokenizer)):
         if value is not None and not Path(value).is_dir():
@@ -45,6 +54,8 @@ def load_model(arguments, *parts: str):
 
     from tar_hf import TarPipeline
 
+    if arguments.model_by_default:
+        print(ABOUT_DEFAULT, file=sys.stderr)
     if not sys.stderr.isatty():
         hide_loading_bars()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -6,7 +6,12 @@ from pathlib import Path
 
 
 def add_model_options(parser):
-    parser.add_argument("--model", metavar="REPO", help="Tar repository: a folder that `assemble` made, or a Hub id")
+    parser.add_argument(
+        "--model",
+        metavar="REPO",
+        help="Tar repository: a folder that `assemble` made, or a Hub id; default: tar-mini, the small model in the "
+        "package, which knows colored shapes only",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the one of the files")
     parser.add_argument("--device", help="such as cpu or cuda:1; default: a CUDA GPU where there is one, else the CPU")
 

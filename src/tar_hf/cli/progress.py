@@ -30,7 +30,7 @@ def progress():
 
         def report(stage, step, total):
             if stage not in tasks:
-                tasks[stage] = bars.add_task(STAGES[stage], total=total)
+                tasks[stage] = bars.add_task(STAGES.get(stage, stage.replace("_", " ")), total=total)
             if stage == "images":  # the next one's turn: its stages start again
                 for task in tasks.keys() - {stage}:
                     bars.reset(tasks[task])

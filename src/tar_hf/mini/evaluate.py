@@ -1,18 +1,23 @@
 """Scores of a Tar system in the mini world, on held-out prompts and scenes, with the package's default settings.
 
 The kinds of prompts are GenEval's (paper 2310.11513). `tar_hf.mini.scorer` judges pictures, and exact match answers.
+`tar_hf.mini.report` writes what `evaluate` finds.
 """
 
-import json
+import math
 import random
+import time
 from collections.abc import Callable
-from itertools import islice
-from pathlib import Path
+from dataclasses import dataclass, replace
+from itertools import groupby, islice, permutations
 
 import torch
 from PIL import Image
 
+from tar_hf._version import __version__
 from tar_hf.mini import scorer, world
+from tar_hf.mini.world import Scene, Wish
+from tar_hf.pipelines.tar_sampling import Callback, report
 
 # What the shipped system has to reach.
 TARGETS = {
@@ -28,120 +33,242 @@ TARGETS = {
     "reconstruction": 0.90,
 }
 QUESTION_KINDS = ("description", "counting", "color", "presence")  # what `understanding` is the mean of
+MEANS = {
+    "generation": world.KINDS,
+    "understanding": tuple(f"answers_{kind}" for kind in QUESTION_KINDS),
+    "text_image_to_image": ("recolor", "beside"),
+}
+BATCH = 16  # prompts at a time; a sample depends on its own generator, not on the batch
+DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 4, 8
 
-Progress = Callable[[str, int, int], None]
+
+@dataclass(frozen=True)
+class Task:
+    """A picture to draw from a prompt, from a scene's picture, or from both, and what decides whether it is right."""
+
+    prompt: str | None
+    is_right: Callable[[Scene], bool]
+    given: Scene | None = None
+    wish: Wish | None = None
 
 
-def evaluate(pipe, count: int = 50, seed: int = 0, split: str = "test", callback: Progress | None = None) -> dict:
+@dataclass(frozen=True)
+class Sample:
+    """A task's picture: what it shows, as read, and whether that is right."""
+
+    measure: str
+    task: Task
+    picture: Image.Image
+    shown: Scene
+    right: bool
+
+
+def evaluate(
+    pipe, count: int = 50, seed: int = 0, split: str = "test", callback: Callback | None = None, name: str | None = None
+) -> dict:
     """
-    Draws, describes, varies and reconstructs.
+    Draws, describes, varies, edits and reconstructs.
+
+    Of all prompts of the six kinds, `unseen` scores those whose combination of things, colors and places occurs in no
+    training prompt, in whatever wording; `seen` those of a combination that training has, in a wording that it has not.
+    (The combinations of one group of things are too few to hold any out, so these are `single_object`, `colors` and
+    `counting`.) `diversity` is over prompts that leave something open, each drawn from several seeds: the share of the
+    right pictures whose things stand elsewhere than in every earlier one, by more than 8 pixels;
+    `diversity_background` and `diversity_color` the shares of the prompts in whose right pictures these vary.
 
     Args:
         pipe (`TarPipeline`): The system.
-        count (`int`, *optional*, defaults to `50`): Prompts of each kind; questions of each kind; scenes to vary and to
-            reconstruct.
+        count (`int`, *optional*, defaults to `50`): Prompts, questions or scenes of each measure.
         seed (`int`, *optional*, defaults to `0`): Of what is asked and of every draw.
         split (`str`, *optional*, defaults to `"test"`): Of the prompts and scenes.
-        callback (*optional*): Called with the measure, the prompts that are done, and all of them.
+        callback (*optional*): Called with the measure, what of it is done, and all; `False` interrupts.
+        name (`str`, *optional*): What the settings call the system.
 
     Returns:
-        `dict`: `scores` by measure, in 0..1; `samples`, the prompts of each kind with their pictures and whether these
-        are right, for the contact sheet.
+        `dict`: `scores` by measure, in 0..1, `None` where the split has nothing to ask (training holds no `unseen`);
+        their `errors`, standard errors of a share, sqrt(p (1 - p) / n), or of a mean of shares; `settings`; `samples`,
+        a list of [`Sample`].
     """
-    scores, samples = {}, []
+    if count < 1:
+        raise ValueError(f"count must be a positive number, got {count}")
+    start = time.perf_counter()
+    right, samples = {}, []
+    for measure, tasks in _tasks(split, seed, count):
+        drawn = _draw(pipe, measure, tasks, seed, callback)
+        right[measure] = [sample.right for sample in drawn]
+        samples += drawn
+        if measure == world.KINDS[-1]:
+            right |= _by_novelty(samples)
+    right |= _understanding(pipe, count, seed, split, callback)
+    tasks = [task for task in _open_tasks(split, seed) for _ in range(DIVERSITY_SEEDS)]
+    drawn = _draw(pipe, "diversity", tasks, seed, callback)
+    right |= _diversity(drawn)
+    samples += drawn
+    scores, errors = _shares(right)
+    settings = {"model": name, "count": count, "seed": seed, "split": split, "tar_hf": __version__}
+    settings["seconds"] = round(time.perf_counter() - start, 1)
+    return {"scores": scores, "errors": errors, "settings": settings, "samples": samples}
+
+
+def missed(scores: dict[str, float | None]) -> list[str]:
+    """The measures that are below their targets."""
+    return [name for name, least in TARGETS.items() if scores[name] < least - 1e-9]  # means of floats
+
+
+# What is drawn
+
+
+def _tasks(split, seed, count):
+    """Each measure of pictures and its tasks."""
     for kind in world.KINDS:
-        drawn = _generation(pipe, kind, count, seed, split, callback)
-        scores[kind] = _share(right for _, _, right in drawn)
-        samples += [(kind, *sample) for sample in drawn]
-    scores["generation"] = sum(scores[kind] for kind in world.KINDS) / len(world.KINDS)
-    answers = _understanding(pipe, count, seed, split, callback)
-    scores |= {f"answers_{kind}": _share(right) for kind, right in answers.items()}
-    scores["understanding"] = sum(scores[f"answers_{kind}"] for kind in QUESTION_KINDS) / len(QUESTION_KINDS)
+        asked = islice(world.samples(split, seed, kind), count)
+        yield kind, [_asking_for(prompt, wish) for prompt, wish, _ in asked]
     scenes = list(islice(world.scenes(split, seed + 1), count))
-    scores["image_to_image"] = _share(_variation(pipe, scenes, seed, callback))
-    scores["reconstruction"] = _share(_reconstruction(pipe, scenes, seed, callback))
-    return {"scores": scores, "samples": samples}
+    draw = random.Random(f"evaluate/{split}/{seed}")
+    yield "image_to_image", [Task(world.SIMILAR, _shows_the_things_of(scene), scene) for scene in scenes]
+    yield "recolor", [_recoloring(scene, draw.choice(list(world.COLORS))) for scene in scenes]
+    yield "beside", list(islice(_adding(split, seed, draw), count))
+    yield "reconstruction", [Task(None, _looks_like(scene), scene) for scene in scenes]
 
 
-def _generation(pipe, kind, count, seed, split, callback):
-    drawn = []
-    for i, (prompt, wish, _) in enumerate(islice(world.samples(split, seed, kind), count)):
-        picture = pipe(prompt, generator=_generator(seed, i)).images[0]
-        drawn.append((prompt, picture, scorer.fulfils(scorer.read_scene(picture), wish)))
-        _report(callback, kind, i + 1, count)
-    return drawn
+def _asking_for(prompt, wish):
+    return Task(prompt, lambda shown: scorer.fulfils(shown, wish), wish=wish)
 
 
-def _understanding(pipe, count, seed, split, callback):
-    """For each kind of question whether each answer was right."""
-    draw = random.Random(seed)
-    right = {kind: [] for kind in (*QUESTION_KINDS, "position")}
-    for scene in world.scenes(split, seed):
-        for kind, question, answer in world.questions(scene, draw):
-            if len(right[kind]) < count:
-                given = pipe.generate_text(question, images=world.render(scene), max_new_tokens=64)
-                right[kind].append(given.strip() == answer)
-        done = sum(map(len, right.values()))
-        _report(callback, "understanding", done, count * len(right))
-        if done == count * len(right):
-            return right
+def _shows_the_things_of(scene):
+    return lambda shown: scorer.same_things(scene, shown)
 
 
-def _variation(pipe, scenes, seed, callback):
-    for i, scene in enumerate(scenes):
-        picture = pipe(world.SIMILAR, images=world.render(scene), generator=_generator(seed, i)).images[0]
-        yield scorer.same_things(scene, scorer.read_scene(picture))
-        _report(callback, "image_to_image", i + 1, len(scenes))
+def _looks_like(scene):
+    return lambda shown: scorer.same_places(scene, shown)
 
 
-def _reconstruction(pipe, scenes, seed, callback):
-    for i, scene in enumerate(scenes):
-        picture = pipe.reconstruct(world.render(scene), generator=_generator(seed, i))
-        yield scorer.same_places(scene, scorer.read_scene(picture))
-        _report(callback, "reconstruction", i + 1, len(scenes))
+def _recoloring(scene, color):
+    return Task(world.RECOLOR.format(color), _looks_like(world.recolor(scene, color)), scene)
+
+
+def _adding(split, seed, draw):
+    """Endless tasks of one thing with another to be put beside it, where there is room."""
+    for scene in world.scenes(split, seed + 2):
+        scene = Scene(scene.things[:1], scene.background)
+        relation, shape = draw.choice(list(world.RELATIONS)), draw.choice(world.SHAPES)
+        held_out = world.split_of(world.scene_key(scene)) == split
+        if held_out and world.beside(scene, relation, shape, draw):
+            prompt = world.BESIDE.format(world.article(shape), relation)
+            yield Task(prompt, _has_beside(scene, relation, shape), scene)
+
+
+def _has_beside(scene, relation, shape):
+    def is_right(shown):
+        return len(shown.things) == 2 and any(
+            new.shape == shape
+            and world.holds(relation, new, kept)
+            and scorer.same_places(scene, replace(shown, things=(kept,)))
+            for new, kept in permutations(shown.things)
+        )
+
+    return is_right
+
+
+def _draw(pipe, measure, tasks, seed, callback) -> list[Sample]:
+    samples = []
+    for first in range(0, len(tasks), BATCH):
+        batch = tasks[first : first + BATCH]
+        prompts = [task.prompt for task in batch]
+        given = [task.given and world.render(task.given) for task in batch]
+        generators = [_generator(seed, first + i) for i in range(len(batch))]
+        if prompts[0] is None:
+            pictures = pipe.reconstruct(given, generator=generators)
+        else:
+            pictures = pipe(prompts, images=given, generator=generators).images
+        for task, picture in zip(batch, pictures, strict=True):
+            shown = scorer.read_scene(picture)
+            samples.append(Sample(measure, task, picture, shown, task.is_right(shown)))
+        report(callback, measure, len(samples), len(tasks))
+    return samples
 
 
 def _generator(seed, number):
     return torch.Generator().manual_seed(random.Random(f"{seed}/{number}").getrandbits(63))
 
 
-def _share(right):
-    right = list(right)
-    return sum(right) / len(right)
+# What is scored apart
 
 
-def _report(callback, measure, done, total):
-    if callback is not None:
-        callback(measure, done, total)
+def _by_novelty(samples):
+    right = {"seen": [], "unseen": []}
+    for sample in samples:
+        wish = sample.task.wish
+        in_training = world.belongs(wish, "train")
+        right["seen" if in_training else "unseen"].append(sample.right)
+    return right
 
 
-def write_report(result: dict, folder: str | Path):
-    """Writes `scores.json`, `scores.md` and `samples.png`: rows of each kind's first pictures, wrong ones framed."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    scores = result["scores"]
-    (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
-    (folder / "scores.md").write_text(table(scores))
-    contact_sheet(result["samples"]).save(folder / "samples.png")
+def _diversity(samples):
+    right = {"diversity": [], "diversity_background": [], "diversity_color": []}
+    for _, of_one_prompt in groupby(samples, lambda sample: sample.task):
+        scenes = [sample.shown for sample in of_one_prompt if sample.right]
+        layouts = [replace(world.recolor(scene, "red"), background="white") for scene in scenes]  # places alone
+        for i, layout in enumerate(layouts):
+            right["diversity"].append(not any(scorer.same_places(layout, earlier) for earlier in layouts[:i]))
+        right["diversity_background"].append(len({scene.background for scene in scenes}) > 1)
+        right["diversity_color"].append(len({frozenset(scene.contents.items()) for scene in scenes}) > 1)
+    right["diversity"] = right["diversity"] or [False]  # nothing is right
+    return right
 
 
-def table(scores: dict[str, float]) -> str:
-    """The scores beside what they should be, in Markdown."""
-    lines = ["| measure | score | at least |", "|---|---|---|"]
-    for name, score in scores.items():
-        target = f"{TARGETS[name]:.2f}" if name in TARGETS else ""
-        lines.append(f"| {name.replace('_', ' ')} | {score:.3f} | {target} |")
-    return "\n".join(lines) + "\n"
+def _open_tasks(split, seed):
+    """Prompts for several things that leave the canvas, the places and a color open."""
+    tasks = {}
+    for prompt, wish, _ in world.samples(split, seed + 2):
+        if wish.background is None and wish.num_things > 1 and any(color is None for _, color, _ in wish.groups):
+            tasks[prompt] = _asking_for(prompt, wish)
+        if len(tasks) == DIVERSITY_PROMPTS:
+            return list(tasks.values())
 
 
-def contact_sheet(samples: list[tuple[str, str, Image.Image, bool]], columns: int = 8) -> Image.Image:
-    """A row of pictures for each kind, in frames: green where the picture is right, red where it is not."""
-    side, frame = world.CANVAS, 4
-    cell = side + 2 * frame
-    sheet = Image.new("RGB", (columns * cell, len(world.KINDS) * cell), "white")
-    for row, kind in enumerate(world.KINDS):
-        for column, (_, _, picture, right) in enumerate(islice((s for s in samples if s[0] == kind), columns)):
-            framed = Image.new("RGB", (cell, cell), "green" if right else "red")
-            framed.paste(picture.resize((side, side)), (frame, frame))
-            sheet.paste(framed, (column * cell, row * cell))
-    return sheet
+# What is asked
+
+
+def _understanding(pipe, count, seed, split, callback):
+    """For each kind of question whether each answer was right."""
+    asked = _questions(count, seed, split)
+    right = {f"answers_{kind}": [] for kind in (*QUESTION_KINDS, "position")}
+    for first in range(0, len(asked), BATCH):
+        batch = asked[first : first + BATCH]
+        pictures = [world.render(scene) for scene, _, _, _ in batch]
+        given = pipe.generate_text([question for _, _, question, _ in batch], images=pictures, max_new_tokens=64)
+        for (_, kind, _, answer), text in zip(batch, given, strict=True):
+            right[f"answers_{kind}"].append(text.strip() == answer)
+        report(callback, "understanding", first + len(batch), len(asked))
+    return right
+
+
+def _questions(count, seed, split):
+    """Scene, kind, question and answer: so many of each kind, kind by kind, since their answers are of like length."""
+    draw = random.Random(seed)
+    asked = {kind: [] for kind in (*QUESTION_KINDS, "position")}
+    scenes = world.scenes(split, seed)
+    while min(map(len, asked.values())) < count:
+        scene = next(scenes)
+        for kind, question, answer in world.questions(scene, draw):
+            if len(asked[kind]) < count:
+                asked[kind].append((scene, kind, question, answer))
+    return [question for questions in asked.values() for question in questions]
+
+
+# Shares
+
+
+def _shares(right: dict[str, list[bool]]):
+    """Shares and means, and their standard errors."""
+    scores, errors = {}, {}
+    for name, outcomes in right.items():
+        n = len(outcomes)
+        scores[name] = sum(outcomes) / n if n else None
+        errors[name] = math.sqrt(scores[name] * (1 - scores[name]) / n) if n else None
+        for mean, parts in MEANS.items():
+            if name == parts[-1]:
+                scores[mean] = sum(scores[part] for part in parts) / len(parts)
+                errors[mean] = math.hypot(*(errors[part] for part in parts)) / len(parts)
+    return scores, errors

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .tar_prompts import IMAGE, SYSTEM, as_lists, check_prompts, check_text, user_turns
-from .tar_repository import PARTS_FILE, RepoFolder, local_folder, write_pipeline_code
+from .tar_repository import PARTS_FILE, RepoFolder, local_folder, named_model, write_pipeline_code
 from .tar_sampling import Callback, TextOnly, Watch, known_options, make_generators, report, watch_pixels
 
 try:
@@ -127,12 +127,14 @@ class TarPipeline:
         Loads the tokenizer and notes where the parts are.
 
         Args:
-            path (`str` or `Path`): Folder or Hub id. Its root is the language model.
+            path (`str` or `Path`): Folder or Hub id. Its root is the language model. "tar-mini" is the small model in
+                the package, unless there is a folder of that name.
             ta_tok, detokenizer (*optional*): Replace the repo's own: paths, Hub ids or objects.
             dtype, device_map, attn_implementation (*optional*): For every part.
             quantization_config (*optional*): For the language model.
             revision, token, local_files_only, trust_remote_code (*optional*): For every download from `path`.
         """
+        path = named_model(path)
         hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
         options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
         options = {name: value for name, value in options.items() if value is not None}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+SHIPPED = "tar-mini"  # the name of the model in the package
 PARTS_FILE = "tar.json"  # beside config.json: where the parts are, by folder or repo id
 # What `pipeline("text-to-image", ...)` needs where the package is not installed.
 CODE_FILES = (
@@ -34,6 +35,17 @@ class RepoFolder:
         if not folder.is_dir():
             raise ValueError(f"{self.repo} has no folder {self.name}: pass {self.name}= a folder or a model")
         return folder
+
+
+def named_model(path: str | Path) -> str | Path:
+    """The folder that "tar-mini" means, unless there is a local one of that name; any other path or id as it is."""
+    if path != SHIPPED or Path(path).is_dir():
+        return path
+    try:  # as in the pipelines: this file must load where the package is not
+        from tar_hf.mini import tar_mini_folder
+    except ImportError as error:
+        raise ImportError(f"{SHIPPED} comes with the package: pip install tar-hf") from error
+    return tar_mini_folder()
 
 
 def local_folder(path, allow, ignore, **hub) -> Path:

@@ -1,0 +1,125 @@
+"""The name "tar-mini": the repository in the package, and what is said where the package has none."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import pipeline
+
+import tar_hf.mini
+from tar_hf import TarPipeline
+from tar_hf.mini import tar_mini_folder
+from tar_hf.pipelines.tar_repository import PARTS_FILE
+
+SHIPPED = (tar_hf.mini.WEIGHTS / "tar-mini" / "config.json").is_file()
+MEGABYTE = 2**20
+
+
+@pytest.fixture
+def in_package(tar_repo, tmp_path, monkeypatch):
+    """The golden system where the package looks for its own."""
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "tar-mini").symlink_to(tar_repo)
+    monkeypatch.setattr(tar_hf.mini, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_what_this_copy_of_the_package_has():
+    if not SHIPPED:
+        for find in (tar_mini_folder, lambda: TarPipeline.from_pretrained("tar-mini")):
+            with pytest.raises(FileNotFoundError, match="lacks the weights of tar-mini: .* name another model"):
+                find()
+        return
+    folder = tar_mini_folder()
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 20 * MEGABYTE
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen2"
+    assert not {".bin", ".pt", ".pth", ".pkl"} & {file.suffix for file in files}
+    parts = json.loads((folder / PARTS_FILE).read_text())
+    assert parts == {"ta_tok": "ta_tok", "detokenizer": "detokenizer"}
+    pipe = TarPipeline.from_pretrained("tar-mini")
+    picture = pipe("a red circle", generator=torch.Generator().manual_seed(0)).images[0]
+    assert picture.size == (96, 96) and pipe.model.dtype == torch.bfloat16
+    assert pipe.generate_text("Describe the image shortly.", images=picture, max_new_tokens=8)
+
+
+def test_the_name_means_the_folder_in_the_package(in_package, tar_repo):
+    assert tar_mini_folder() == tar_hf.mini.WEIGHTS / "tar-mini"
+    named, given = TarPipeline.from_pretrained("tar-mini"), TarPipeline.from_pretrained(tar_repo)
+    pictures = [pipe("a cat", scale=3, generator=torch.Generator().manual_seed(0)).images[0] for pipe in (named, given)]
+    assert pictures[0].tobytes() == pictures[1].tobytes()
+    task = pipeline("text-to-image", model=str(tar_mini_folder()))
+    drawn = task("a cat", scale=3, generator=torch.Generator().manual_seed(0))["image"]
+    assert drawn.tobytes() == pictures[0].tobytes()
+
+
+def test_a_local_folder_of_that_name_wins(in_package, golden, tmp_path):
+    """As it does over a Hub repository of any name; a path is never the name."""
+    (tmp_path / "tar-mini").mkdir()
+    shutil.copytree(golden / "published" / "llm", tmp_path / "tar-mini", dirs_exist_ok=True)
+    assert TarPipeline.from_pretrained("tar-mini")._sources["ta_tok"] is None
+    shutil.rmtree(tmp_path / "tar-mini")
+    assert TarPipeline.from_pretrained("tar-mini")._sources["ta_tok"].exists()
+    for other in (Path("tar-mini"), "./tar-mini", "user/tar-mini", "Tar-Mini"):
+        with pytest.raises((OSError, ValueError)):
+            TarPipeline.from_pretrained(other)
+
+
+def test_finding_the_folder_is_light():
+    code = "import sys, tar_hf.mini; assert not {'torch', 'transformers', 'numpy', 'PIL'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_without_the_package_the_name_says_what_to_install(tar_repo, tmp_path):
+    """From the code that travels in a repository."""
+    code = (
+        "import sys, importlib.util; sys.modules['tar_hf'] = None\n"
+        f"spec = importlib.util.spec_from_file_location('alone', {str(tar_repo / 'tar_repository.py')!r})\n"
+        "module = sys.modules['alone'] = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "assert module.named_model('user/name') == 'user/name'\n"
+        "module.named_model('tar-mini')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ, capture_output=True, text=True)
+    assert run.returncode == 1 and "ImportError: tar-mini comes with the package: pip install tar-hf" in run.stderr
+
+
+def test_commands_use_it_by_default(in_package, tmp_path, capsys):
+    from tar_hf.cli.main import main
+
+    note = "tar-mini draws circles, squares and triangles in six colors; --model for a full model\n"
+    commands = [
+        ["generate", "a cat", "a dog", "--scale", "3", "-o", "cat.png"],
+        ["describe", "cat-0.png", "--scale", "3", "--max-new-tokens", "2"],
+        ["encode", "cat-0.png", "--scale", "3", "-o", "codes.safetensors"],
+        ["decode", "codes.safetensors", "-o", "decoded"],
+        ["reconstruct", "cat-0.png", "--scale", "3", "-o", "again.png"],
+    ]
+    for command in commands:
+        assert main(command) == 0
+        assert capsys.readouterr().err == note
+    with Image.open("again.png") as picture:
+        assert picture.text["model"] == "tar-mini"
+    assert main(["describe", "cat-0.png", "--scale", "3", "--max-new-tokens", "2", "--model", "tar-mini"]) == 0
+    assert capsys.readouterr().err == ""
+    # What is wrong is still one line.
+    assert main(["describe", "none.png"]) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("model", [[], ["--model", "tar-mini"]])
+def test_commands_in_a_copy_without_weights(tmp_path, monkeypatch, capsys, model):
+    from tar_hf.cli.main import main
+
+    monkeypatch.setattr(tar_hf.mini, "WEIGHTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "a cat", "-o", "cat.png", *model]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("tar-hf: error: this copy of tar-hf lacks the weights of tar-mini: ")
+    assert printed.count("\n") == 1 and not list(tmp_path.iterdir())
