@@ -17,7 +17,15 @@ from tar_hf.mini import world
 from tar_hf.mini.world import CANVAS, COLORS, RELATIONS, SHAPES, Scene
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-SCHEMA = pa.schema([("image", pa.list_(IMAGE)), ("text", pa.string()), ("conversations", pa.string())])
+REGION = pa.struct([("text", pa.string()), ("box", pa.list_(pa.float32()))])
+SCHEMA = pa.schema(
+    [
+        ("image", pa.list_(IMAGE)),
+        ("text", pa.string()),
+        ("regions", pa.list_(REGION)),
+        ("conversations", pa.string()),
+    ]
+)
 ROWS_PER_GROUP = 500
 
 # What the assistant does, and how often.
@@ -41,22 +49,32 @@ def write_conversations(file: str | Path, split: str, count: int, seed: int = 0)
 
 
 def pictures(split: str, seed: int = 0) -> Iterator[dict]:
-    """Endless rows of a picture and its dense caption."""
+    """Endless rows of a picture, its dense caption, and captions of its parts."""
     anything, asked_for = world.scenes(split, seed), world.samples(split, seed)
     while True:
         for scene in (next(anything), next(asked_for)[2]):
-            yield {"image": [scene], "text": dense_caption(scene), "conversations": None}
+            yield {"image": [scene], "text": dense_caption(scene), "regions": regions(scene), "conversations": None}
 
 
 def dense_caption(scene: Scene) -> str:
     """Every thing with its size and place: a caption that hardly two pictures share."""
     parts = []
     for thing in sorted(scene.things):
-        size = "small" if thing.size < 24 else "large" if thing.size > 30 else "middle"
         row = ("top", "middle", "bottom")[min(2, int(3 * thing.y / CANVAS))]
         column = ("left", "center", "right")[min(2, int(3 * thing.x / CANVAS))]
-        parts.append(f"a {size} {thing.color} {thing.shape} at the {row} {column}")
+        parts.append(f"{_name(thing)} at the {row} {column}")
     return f"{' and '.join(parts)} on a {scene.background} background"
+
+
+def regions(scene: Scene) -> list[dict]:
+    """What is where: the canvas first, then each thing in its box, in shares of the picture."""
+    canvas = {"text": f"a {scene.background} background", "box": [0.0, 0.0, 1.0, 1.0]}
+    return [canvas, *({"text": _name(thing), "box": [v / CANVAS for v in thing.box]} for thing in sorted(scene.things))]
+
+
+def _name(thing):
+    size = "small" if thing.size < 24 else "large" if thing.size > 30 else "middle"
+    return f"a {size} {thing.color} {thing.shape}"
 
 
 def conversations(split: str, seed: int = 0) -> Iterator[dict]:
@@ -76,7 +94,7 @@ def conversations(split: str, seed: int = 0) -> Iterator[dict]:
         while any(world.split_of(world.scene_key(scene)) != split for scene in images):  # a changed scene
             images, question, answer = makers[task](draw, *sources)
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        yield {"image": images, "text": None, "conversations": json.dumps(turns)}
+        yield {"image": images, "text": None, "regions": None, "conversations": json.dumps(turns)}
 
 
 def _text_to_image(draw, samples, scenes):

@@ -8,12 +8,14 @@ import dataclasses
 import json
 import math
 import random
+from itertools import islice
 from pathlib import Path
 
 import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -32,6 +34,7 @@ from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
 from tar_hf.modeling.modeling_ta_tok import TATokConfig, TATokModel
 from tar_hf.training.codebook import METRICS, representative_rows
 from tar_hf.training.models import check_kind, check_scale_weights
+from tar_hf.training.principal import Principal, spread_over_codes
 from tar_hf.training.recipe import Recipe, RecipeError
 from tar_hf.training.rows import SCALE_WEIGHTS, BadRow, Row, open_image, read_images
 from tar_hf.training.trainer import TarTrainer, open_data, run, training_arguments
@@ -75,6 +78,12 @@ class TATokModelRecipe:
             instead of taking the nearest.
         temperature (`float`, *optional*, defaults to `0.03`): Of these draws; kept in the checkpoint.
         codebook_loss_weight, commitment_loss_weight, entropy_loss_weight, entropy_loss_temperature: See `TATokConfig`.
+        whitening (`float`, *optional*, defaults to `0.0`): Evens out the variances of the teacher's features before
+            they are taught, by this power of their deviation: at 1 every principal direction counts alike.
+        principal_directions (`int`, *optional*, defaults to `0`): Starts a new bottleneck so that the features' largest
+            principal directions, this many, spread over the codes, see `spread_over_codes`.
+        sample_size (`int`, *optional*, defaults to `256`): How many of the first pictures these two are measured on.
+        attn_implementation (`str`, *optional*): `eager`, `sdpa`, `flash_attention_2`; by default the library's choice.
     """
 
     teacher: str
@@ -93,6 +102,10 @@ class TATokModelRecipe:
     commitment_loss_weight: float | int = 0.25
     entropy_loss_weight: float | int = 0.0
     entropy_loss_temperature: float | int = 0.01
+    whitening: float | int = 0.0
+    principal_directions: int = 0
+    sample_size: int = 256
+    attn_implementation: str | None = None
 
     def __post_init__(self):
         if (self.llm is None) == (self.init_from is None):
@@ -115,6 +128,15 @@ class TATokModelRecipe:
         for name in ("codebook_loss_weight", "commitment_loss_weight", "entropy_loss_weight"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"model.{name} must not be below 0, got {getattr(self, name)}")
+        if not 0 <= self.whitening <= 1:
+            raise RecipeError(f"model.whitening must be in 0..1, got {self.whitening}")
+        if self.principal_directions < 0 or self.sample_size < 1:
+            raise RecipeError(
+                "model.principal_directions must not be below 0 and model.sample_size at least 1, got "
+                f"{self.principal_directions} and {self.sample_size}"
+            )
+        if self.principal_directions and self.init_from is not None:
+            raise RecipeError("model.principal_directions starts a new bottleneck, but init_from brings its own")
         if unknown := [key for key in self.decoder_config if key not in DECODER_FIELDS]:
             raise RecipeError(f"model.decoder_config takes {', '.join(DECODER_FIELDS)}, got {unknown[0]}")
 
@@ -286,13 +308,26 @@ class TATokTrainer(TarTrainer):
         teacher (`Teacher`): Frozen, and no part of what is saved.
         recipe (`TATokRecipe`): The run's recipe.
         codebook (`dict`, *optional*): Which words the codes are; written beside every checkpoint.
+        principal (`Principal`, *optional*): Of the teacher's features, where the recipe has them whitened.
     """
 
     loss_is_scaled_for_ga = False  # means over the tokens of a batch
 
-    def __init__(self, *args, teacher: Teacher, recipe: TATokRecipe, codebook: dict | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        teacher: Teacher,
+        recipe: TATokRecipe,
+        codebook: dict | None = None,
+        principal: Principal | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, recipe=recipe, **kwargs)
         self.teacher = teacher.to(self.args.device)
+        self.mean = self.whitening = None
+        if principal is not None:
+            self.mean = principal.mean.to(self.args.device)
+            self.whitening = principal.whitening(recipe.model.whitening).to(self.args.device)
         self.codebook = codebook
         self.metric_names = ["cosine_loss", "codebook_loss", "commitment_loss", "entropy_loss"]
         self.metric_names += [f"cosine_loss_scale{scale}" for scale in recipe.scale_weights]
@@ -303,6 +338,8 @@ class TATokTrainer(TarTrainer):
         scale = self.draw_scale(self.recipe.scale_weights)
         with torch.no_grad(), self.accelerator.autocast():
             teacher_features = TATokModel.pool(self.teacher(pixel_values).last_hidden_state, scale)
+        if self.whitening is not None:
+            teacher_features = (teacher_features.float() - self.mean) @ self.whitening
         sampling = {}
         if self.recipe.model.stochastic and self.model.training:
             generators = self.row_generators(len(pixel_values))
@@ -373,11 +410,15 @@ def build(recipe: TATokRecipe) -> TATokTrainer:
         processor = TATokImageProcessor.from_pretrained(options.init_from)
     _configure(model, recipe)
     train_dataset, eval_dataset = open_data(recipe.data, arguments, PixelTransform(processor), reader=read_images)
+    principal = None
+    if options.whitening or options.principal_directions:
+        principal = _measure(recipe, model, teacher, train_dataset)
     return TATokTrainer(
         model=model,
         teacher=teacher,
         recipe=recipe,
         codebook=codebook,
+        principal=principal if options.whitening else None,
         args=arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -389,6 +430,26 @@ def build(recipe: TATokRecipe) -> TATokTrainer:
 def train(recipe: TATokRecipe) -> Path:
     """Trains, or goes on from the newest checkpoint, and returns the folder: a TA-Tok repository."""
     return run(build(recipe))
+
+
+@torch.no_grad()
+def _measure(recipe, model, teacher, dataset):
+    """The principal directions of the teacher's features, on the run's first pictures; spreads a new bottleneck."""
+    options = recipe.model
+    loader = DataLoader(dataset, batch_size=16, collate_fn=default_data_collator)
+    taught, pre_quantized = [], []
+    for batch in islice(loader, -(-options.sample_size // 16)):
+        taught.append(teacher(batch["pixel_values"]).last_hidden_state.flatten(0, 1))
+        if options.principal_directions:
+            pre_quantized.append(
+                model.encode_head(model.encoder(batch["pixel_values"]).last_hidden_state).flatten(0, 1)
+            )
+    if options.principal_directions:
+        try:
+            spread_over_codes(model, torch.cat(pre_quantized), options.principal_directions, recipe.seed)
+        except ValueError as error:
+            raise RecipeError(f"model.{error}") from error
+    return Principal.of(torch.cat(taught))
 
 
 def _public(path: str) -> str:
@@ -413,6 +474,8 @@ def _configure(model, recipe):
         model.encoder.requires_grad_(False)
     # What FSDP wraps unless told otherwise: modules that are only ever called through their own forward.
     model._no_split_modules = {"SiglipEncoderLayer", "Siglip2EncoderLayer"}
+    if options.attn_implementation is not None:
+        model.set_attn_implementation(options.attn_implementation)
 
 
 def _read_codebook(path):

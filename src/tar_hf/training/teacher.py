@@ -1,10 +1,12 @@
 """The teacher stage: a small SigLIP from pictures and captions, for worlds that SigLIP2 was not made for.
 
 The published TA-Tok learns from SigLIP2 (paper 2502.14786), whose contrastive loss is joined by losses that keep
-patches spatially honest: a captioning decoder and self-distillation. Here a linear head that draws each patch from its
-feature does that.
+patches spatially honest: a captioning decoder that also learns from captions of regions, and self-distillation. Here
+two linear heads do that: one draws each patch from its feature, the other tells from it which of the batch's region
+captions is about that place.
 
-Shapes: B pictures, S x S pixels in patches of P x P, N patches, C the width of the features.
+Shapes: B pictures, S x S pixels in patches of P x P, N patches, C the width of the features; R region captions in a
+batch, L tokens in a caption.
 """
 
 import dataclasses
@@ -38,6 +40,9 @@ class TeacherModelRecipe:
         select_layer (`int`, *optional*, defaults to `-2`): The hidden state that TA-Tok will learn, which the head
             draws patches from.
         pixel_loss_weight (`float`, *optional*, defaults to `1.0`): Of the mean squared error of these patches.
+        region_loss_weight (`float`, *optional*, defaults to `1.0`): Of the cross-entropy over region captions, where
+            rows have some.
+        attn_implementation (`str`, *optional*): `eager` or `sdpa`; by default the library's choice.
     """
 
     tokenizer: str
@@ -45,12 +50,17 @@ class TeacherModelRecipe:
     text_config: dict = dataclasses.field(default_factory=dict)
     select_layer: int = -2
     pixel_loss_weight: float | int = 1.0
+    region_loss_weight: float | int = 1.0
+    attn_implementation: str | None = None
 
 
 @strict
 @dataclasses.dataclass(kw_only=True)
 class TeacherRecipe(Recipe):
-    """Recipe of the teacher stage. Rows need a picture and a caption, in `text`."""
+    """
+    Recipe of the teacher stage. Rows need a picture and a caption, in `text`, and may have `regions`: a list of
+    `{"text": ..., "box": [left, top, right, bottom]}` in shares of the picture. Of boxes that overlap, the last counts.
+    """
 
     model: TeacherModelRecipe
 
@@ -62,56 +72,114 @@ class TeacherOutput(ModelOutput):
         loss (`torch.FloatTensor`): What is minimised.
         contrastive_loss (`torch.FloatTensor`): SigLIP's.
         pixel_loss (`torch.FloatTensor`): Of the patches.
+        region_loss (`torch.FloatTensor`, *optional*): Of the region captions.
         accuracy (`torch.FloatTensor`): Share of pictures whose own caption is the batch's likeliest.
     """
 
     loss: torch.FloatTensor | None = None
     contrastive_loss: torch.FloatTensor | None = None
     pixel_loss: torch.FloatTensor | None = None
+    region_loss: torch.FloatTensor | None = None
     accuracy: torch.FloatTensor | None = None
 
 
 class Teacher(SiglipModel):
-    """`SiglipModel` with the head that draws patches. Its repository loads as a `SiglipModel`, without the head."""
+    """`SiglipModel` with the heads for patches. Its repository loads as a `SiglipModel`, without them."""
 
     def __init__(self, config: SiglipConfig):
         super().__init__(config)
         vision = config.vision_config
         self.patch_head = nn.Linear(vision.hidden_size, vision.num_channels * vision.patch_size**2)
+        self.region_head = nn.Linear(vision.hidden_size, config.text_config.projection_size)
+        self.region_scale = nn.Parameter(torch.tensor(math.log(10)))
 
     def forward(
-        self, pixel_values: torch.FloatTensor, input_ids: torch.LongTensor, select_layer: int, pixel_loss_weight: float
+        self,
+        pixel_values: torch.FloatTensor,
+        input_ids: torch.LongTensor,
+        options: TeacherModelRecipe,
+        region_ids: torch.LongTensor | None = None,
+        patch_regions: torch.LongTensor | None = None,
     ) -> TeacherOutput:
-        """Pixels (B, 3, S, S) in -1..1 and the captions' ids (B, L), padded -> losses."""
+        """
+        Pixels (B, 3, S, S) in -1..1 and the captions' ids (B, L), padded -> losses.
+
+        `region_ids` (R, L) are the region captions of all pictures, and `patch_regions` (B, N) says which of them a
+        patch belongs to, -1 for none.
+        """
         outputs = super().forward(
             input_ids=input_ids, pixel_values=pixel_values, return_loss=True, output_hidden_states=True
         )
-        features = outputs.vision_model_output.hidden_states[select_layer]
+        features = outputs.vision_model_output.hidden_states[options.select_layer]
         size = self.config.vision_config.patch_size
         patches = F.unfold(pixel_values, size, stride=size).mT  # (B, N, 3 * P * P)
         pixel_loss = F.mse_loss(self.patch_head(features).float(), patches.float())
         own = torch.arange(len(pixel_values), device=pixel_values.device)
         accuracy = (outputs.logits_per_image.argmax(-1) == own).double().mean()
-        return TeacherOutput(outputs.loss + pixel_loss_weight * pixel_loss, outputs.loss, pixel_loss, accuracy)
+        loss = outputs.loss + options.pixel_loss_weight * pixel_loss
+        region_loss = None
+        if region_ids is not None:
+            region_loss = self._region_loss(features, region_ids, patch_regions)
+            loss = loss + options.region_loss_weight * region_loss
+        return TeacherOutput(loss, outputs.loss, pixel_loss, region_loss, accuracy)
+
+    def _region_loss(self, features, region_ids, patch_regions):
+        """Patch by patch, which of the batch's different region captions is its own."""
+        captions, which = region_ids.unique(dim=0, return_inverse=True)
+        inside = patch_regions >= 0
+        texts = F.normalize(self.text_model(input_ids=captions).pooler_output.float(), dim=-1)
+        patches = F.normalize(self.region_head(features[inside]).float(), dim=-1)
+        return F.cross_entropy(self.region_scale.exp() * patches @ texts.mT, which[patch_regions[inside]])
+
+
+@dataclass
+class CaptionedRow(Row):
+    """
+    Args:
+        regions (`list[tuple[str, list[float]]]`): Captions and boxes of parts of the picture.
+    """
+
+    regions: list[tuple[str, list[float]]] = dataclasses.field(default_factory=list)
 
 
 class CaptionTransform:
-    """A picture and its caption -> `pixel_values` (3, S, S) and `input_ids` (L,), padded to the longest allowed."""
+    """
+    A picture and its caption -> `pixel_values` (3, S, S) and `input_ids` (L,), padded to the longest allowed; with
+    captions of regions, R of them, `region_ids` (R, L) and `patch_regions` (N,).
+    """
 
-    def __init__(self, processor: TATokImageProcessor, tokenizer: PreTrainedTokenizerBase, max_length: int):
+    def __init__(
+        self, processor: TATokImageProcessor, tokenizer: PreTrainedTokenizerBase, max_length: int, grid_side: int
+    ):
         self.processor = processor
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.grid_side = grid_side
 
-    def __call__(self, row: Row, draw: random.Random) -> dict[str, torch.Tensor]:
-        ids = self.tokenizer(row.turns[0][1]).input_ids
-        if len(ids) > self.max_length:
-            raise BadRow(f"the caption has {len(ids)} tokens, more than {self.max_length}")
-        padding = self.tokenizer.pad_token_id
-        return {
+    def __call__(self, row: CaptionedRow, draw: random.Random) -> dict[str, torch.Tensor]:
+        example = {
             "pixel_values": self.processor(open_image(row.images[0]), return_tensors="pt").pixel_values[0],
-            "input_ids": torch.tensor(ids + [padding] * (self.max_length - len(ids))),
+            "input_ids": self._ids(row.turns[0][1]),
         }
+        if row.regions:
+            example["region_ids"] = torch.stack([self._ids(text) for text, _ in row.regions])
+            example["patch_regions"] = self._patches([box for _, box in row.regions])
+        return example
+
+    def _ids(self, text):
+        ids = self.tokenizer(text).input_ids
+        if len(ids) > self.max_length:
+            raise BadRow(f"a caption has {len(ids)} tokens, more than {self.max_length}")
+        return torch.tensor(ids + [self.tokenizer.pad_token_id] * (self.max_length - len(ids)))
+
+    def _patches(self, boxes):
+        """Which box the middle of each patch is in (N,): the last one of several."""
+        middle = (torch.arange(self.grid_side) + 0.5) / self.grid_side
+        y, x = torch.meshgrid(middle, middle, indexing="ij")
+        patches = torch.full_like(x, -1, dtype=torch.long)
+        for i, (left, top, right, bottom) in enumerate(boxes):
+            patches[(left <= x) & (x < right) & (top <= y) & (y < bottom)] = i
+        return patches.flatten()
 
 
 def read_caption(raw: dict, draw: random.Random, folder: str | Path | None = None, task: str | None = None) -> Row:
@@ -120,24 +188,49 @@ def read_caption(raw: dict, draw: random.Random, folder: str | Path | None = Non
     if row.num_images != 1 or not row.images or not isinstance(raw.get("text"), str) or not raw["text"].strip():
         raise BadRow(f"the teacher needs one picture and its text, got the columns {', '.join(raw)}")
     row.turns = [("user", raw["text"])]
-    return row
+    return CaptionedRow(**vars(row), regions=[_read_region(region) for region in raw.get("regions") or []])
+
+
+def _read_region(region):
+    try:
+        text, box = region["text"], [float(value) for value in region["box"]]
+        left, top, right, bottom = box
+    except (KeyError, TypeError, ValueError):
+        text, left, top, right, bottom = None, 0, 0, 0, 0
+    if not isinstance(text, str) or not text.strip() or not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise BadRow(
+            'regions must be {"text": ..., "box": [left, top, right, bottom]} with the box in shares of the picture, '
+            f"0..1, got {region!r:.100}"
+        )
+    return text, box
 
 
 def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+    """Stacks pictures and captions; region captions come one picture after the other, and patches count on."""
+    batch = {name: torch.stack([example[name] for example in examples]) for name in ("pixel_values", "input_ids")}
+    if regions := [example["region_ids"] for example in examples if "region_ids" in example]:
+        batch["region_ids"] = torch.cat(regions)
+        none = torch.full_like(next(e["patch_regions"] for e in examples if "patch_regions" in e), -1)
+        patches, first = [], 0
+        for example in examples:
+            places = example.get("patch_regions", none)
+            patches.append(torch.where(places >= 0, places + first, places))
+            first += len(example.get("region_ids", ()))
+        batch["patch_regions"] = torch.stack(patches)
+    return batch
 
 
 class TeacherTrainer(TarTrainer):
-    """Trains a `Teacher`. Logged: both losses, and how often the batch's own caption is found."""
+    """Trains a `Teacher`. Logged: the losses, and how often the batch's own caption is found."""
 
-    metric_names = ("contrastive_loss", "pixel_loss", "accuracy")
+    metric_names = ("contrastive_loss", "pixel_loss", "region_loss", "accuracy")
     loss_is_scaled_for_ga = False  # means over a batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        options = self.recipe.model
-        output = model(**inputs, select_layer=options.select_layer, pixel_loss_weight=options.pixel_loss_weight)
+        output = model(**inputs, options=self.recipe.model)
         for name in self.metric_names:
-            self.track(name, output[name])
+            if output.get(name) is not None:
+                self.track(name, output[name])
         return (output.loss, output) if return_outputs else output.loss
 
 
@@ -161,12 +254,17 @@ def build(recipe: TeacherRecipe) -> TeacherTrainer:
         },
     )
     model = Teacher(config)
+    if options.attn_implementation is not None:
+        model.set_attn_implementation(options.attn_implementation)
     # As SigLIP starts (paper 2303.15343, section 3.3): almost no pair is called a match, as almost none is. The library
     # starts from 0 and 0, where the many wrong pairs drown the right ones.
     model.logit_scale.data.fill_(math.log(10))
     model.logit_bias.data.fill_(-10)
     processor = TATokImageProcessor(size=config.vision_config.image_size)
-    transform = CaptionTransform(processor, tokenizer, config.text_config.max_position_embeddings)
+    vision = config.vision_config
+    transform = CaptionTransform(
+        processor, tokenizer, config.text_config.max_position_embeddings, vision.image_size // vision.patch_size
+    )
     data, held_out = open_data(recipe.data, arguments, transform, reader=read_caption)
     return TeacherTrainer(
         model=model,

@@ -177,7 +177,10 @@ def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
         if key in POSITIVE and value <= 0 and (key, value) != ("max_steps", -1):
             raise RecipeError(f"training.{key} must be above 0, got {value}")
     defaults = {"report_to": "none", "logging_steps": 10, "save_total_limit": 3}
-    defaults |= {"dataloader_pin_memory": torch.accelerator.is_available(), "disable_tqdm": not sys.stderr.isatty()}
+    accelerator = torch.accelerator.is_available()
+    # Without use_cpu the library refuses bf16 where there is no GPU, though the CPU has it.
+    defaults |= {"dataloader_pin_memory": accelerator, "use_cpu": not accelerator}
+    defaults |= {"disable_tqdm": not sys.stderr.isatty()}
     options = {**defaults, **stage, **recipe.training}
     # Every process reads its own share: nothing is read by one and sent to the others.
     options["accelerator_config"] = {"dispatch_batches": False, **(options.get("accelerator_config") or {})}

@@ -9,13 +9,16 @@ Shapes: B pictures, H x H pixels, M = grid x grid tokens, K codes of width D.
 """
 
 import dataclasses
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast
 from huggingface_hub.dataclasses import strict
+from torch import nn
 from transformers import JanusVQVAE, JanusVQVAEConfig, default_data_collator, set_seed
 from transformers.utils import ModelOutput
 
@@ -38,6 +41,9 @@ class VQModelRecipe:
             codes' towards the encoder has the weight 1.
         entropy_loss_weight (`float`, *optional*, defaults to `0.0`): Of a term that spreads a batch over the codes.
         entropy_loss_temperature (`float`, *optional*, defaults to `0.05`): Of the softmax over cosines in that term.
+        continuous_steps (`int`, *optional*, defaults to `0`): For how many steps latents pass as they are. The codebook
+            then starts from the clusters of a batch instead of from random vectors, which most of the latents are far
+            from.
     """
 
     config: dict = dataclasses.field(default_factory=dict)
@@ -46,10 +52,13 @@ class VQModelRecipe:
     commitment_loss_weight: float | int = 0.25
     entropy_loss_weight: float | int = 0.0
     entropy_loss_temperature: float | int = 0.05
+    continuous_steps: int = 0
 
     def __post_init__(self):
         if self.init_from is not None and self.config:
             raise RecipeError("model needs either config, for a new autoencoder, or init_from, got both")
+        if self.continuous_steps < 0:
+            raise RecipeError(f"model.continuous_steps must not be below 0, got {self.continuous_steps}")
         known = {field.name for field in dataclasses.fields(JanusVQVAEConfig)}
         if unknown := [key for key in self.config if key not in known]:
             raise RecipeError(f"model.config.{unknown[0]} is no field of JanusVQVAEConfig")
@@ -85,12 +94,23 @@ class VQOutput(ModelOutput):
 class TrainableVQVAE(JanusVQVAE):
     """`JanusVQVAE` with a forward that trains: the library's own has no gradient from the pixels to the encoder."""
 
-    def forward(self, pixels: torch.FloatTensor, options: VQModelRecipe) -> VQOutput:
-        """Pixels (B, 3, H, H) in 0..1 -> tokens, reconstruction and losses."""
-        latents = self.quant_conv(self.encoder(pixels * 2 - 1))
-        with torch.autocast(latents.device.type, enabled=False):
-            # As the tokens are read off and decoded: both sides normalised, so that cosines decide.
-            z = F.normalize(latents.float().flatten(2).mT, dim=-1)
+    def latents(self, pixels: torch.FloatTensor) -> torch.FloatTensor:
+        """Pixels (B, 3, H, H) in 0..1 -> normalised latents (B, M, D) in float32: cosines decide on the tokens."""
+        return F.normalize(self.quant_conv(self.encoder(pixels * 2 - 1)).float().flatten(2).mT, dim=-1)
+
+    @torch.no_grad()
+    def start_codebook(self, latents: torch.FloatTensor):
+        """Sets the codebook to the clusters of latents (T, D), T >= K."""
+        codebook = self.quantize.embedding.weight
+        codebook.copy_(cluster_directions(latents, len(codebook)))
+
+    def forward(self, pixels: torch.FloatTensor, options: VQModelRecipe, continuous: bool = False) -> VQOutput:
+        """Pixels (B, 3, H, H) in 0..1 -> tokens, reconstruction and losses; `continuous` leaves the tokens out."""
+        z = self.latents(pixels)
+        if continuous:
+            decoded, l1_loss, mse_loss = self._decode(z, pixels)
+            return VQOutput(l1_loss + options.mse_weight * mse_loss, None, decoded, l1_loss, mse_loss)
+        with torch.autocast(z.device.type, enabled=False):
             codebook = F.normalize(self.quantize.embedding.weight.float(), dim=-1)
             cosines = z.flatten(0, 1) @ codebook.mT
             ids = cosines.argmax(-1)
@@ -98,21 +118,44 @@ class TrainableVQVAE(JanusVQVAE):
             codebook_loss = (codes - z.detach()).square().mean()
             commitment_loss = (z - codes.detach()).square().mean()
             entropy_loss = self._entropy_loss(cosines / options.entropy_loss_temperature)
-        straight_through = z + (codes - z).detach()
-        grid = straight_through.mT.unflatten(2, latents.shape[2:]).to(latents.dtype)
-        decoded = self.decoder(self.post_quant_conv(grid)).float() * 0.5 + 0.5
-        l1_loss, mse_loss = (decoded - pixels).abs().mean(), (decoded - pixels).square().mean()
+        decoded, l1_loss, mse_loss = self._decode(z + (codes - z).detach(), pixels)  # straight through
         loss = l1_loss + options.mse_weight * mse_loss + codebook_loss
         loss = loss + options.commitment_loss_weight * commitment_loss
         if options.entropy_loss_weight:
             loss = loss + options.entropy_loss_weight * entropy_loss
         return VQOutput(loss, ids.view(z.shape[:2]), decoded, l1_loss, mse_loss, codebook_loss, entropy_loss)
 
+    def _decode(self, vectors, pixels):
+        """Vectors (B, M, D) -> the reconstruction of pixels, and its absolute and squared errors."""
+        side = math.isqrt(vectors.shape[1])
+        grid = vectors.mT.unflatten(2, (side, side)).to(self.post_quant_conv.weight.dtype)
+        decoded = self.decoder(self.post_quant_conv(grid)).float() * 0.5 + 0.5
+        return decoded, (decoded - pixels).abs().mean(), (decoded - pixels).square().mean()
+
     @staticmethod
     def _entropy_loss(scores):
         """Mean entropy of the tokens' distributions, less the entropy of their mean (paper 2310.05737)."""
         probabilities = scores.softmax(-1)
         return torch.special.entr(probabilities).sum(-1).mean() - torch.special.entr(probabilities.mean(0)).sum()
+
+
+def cluster_directions(vectors: torch.FloatTensor, count: int, iterations: int = 20) -> torch.FloatTensor:
+    """
+    Unit vectors (T, D) -> the directions (count, D) of their clusters by spherical k-means.
+
+    It starts from evenly spaced ones of them, so that it draws nothing, and a cluster that loses all its vectors goes
+    to one that is far from its own centre.
+    """
+    if len(vectors) < count:
+        raise ValueError(f"{count} clusters need as many vectors, got {len(vectors)}: take a larger batch")
+    centres = vectors[torch.linspace(0, len(vectors) - 1, count, device=vectors.device).long()].clone()
+    for _ in range(iterations):
+        cosines, nearest = (vectors @ centres.mT).max(-1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
+        empty = torch.bincount(nearest, minlength=count) == 0
+        sums[empty] = vectors[cosines.argsort()[: empty.sum()]]
+        centres = F.normalize(sums, dim=-1)
+    return centres
 
 
 class SquareTransform:
@@ -136,15 +179,29 @@ class VQTrainer(TarTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._code_counts = torch.zeros(self.model.config.num_embeddings, dtype=torch.long, device=self.args.device)
+        self._codebook_started = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        output = model(inputs["pixels"], options=self.recipe.model)
+        options, step = self.recipe.model, self.state.global_step
+        continuous = self.model.training and step < options.continuous_steps
+        if self.model.training and step == options.continuous_steps > 0 and not self._codebook_started:
+            self._start_codebook(inputs["pixels"])
+        output = model(inputs["pixels"], options=options, continuous=continuous)
         for name in self.metric_names:
-            self.track(name, output[name])
-        if self.model.training:
+            if output.get(name) is not None:
+                self.track(name, output[name])
+        if self.model.training and not continuous:
             ids = output.ids.flatten()
             self._code_counts.scatter_add_(0, ids, torch.ones_like(ids))
         return (output.loss, output) if return_outputs else output.loss
+
+    def _start_codebook(self, pixels):
+        """All processes take the first one's clusters."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            latents = self.model.latents(pixels).flatten(0, 1)
+        self.model.start_codebook(latents)
+        broadcast(self.model.quantize.embedding.weight.data)
+        self._codebook_started = True
 
     def metrics(self) -> dict[str, float]:
         counts = self.accelerator.reduce(self._code_counts, "sum")
@@ -160,6 +217,9 @@ def build(recipe: VQRecipe) -> VQTrainer:
         model = TrainableVQVAE.from_pretrained(recipe.model.init_from, dtype=torch.float32)
     else:
         model = TrainableVQVAE(JanusVQVAEConfig(**recipe.model.config))
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):  # as in the original: from the library's small weights nothing is learnt
+                module.reset_parameters()
     size = model.config.num_patches * 2 ** (len(model.config.channel_multiplier) - 1)
     data, held_out = open_data(recipe.data, arguments, SquareTransform(size), reader=read_images)
     return VQTrainer(
