@@ -1,12 +1,14 @@
 """`tar-hf train`: one stage, from one recipe."""
 
 import argparse
+import contextlib
 import importlib
 import re
 import sys
 import textwrap
 from pathlib import Path
 
+from tar_hf.cli import train_mini
 from tar_hf.cli.model import hide_loading_bars
 
 # stage: (module of tar_hf.training, its recipe)
@@ -25,36 +27,49 @@ def add_parser(commands):
     shipped = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
     parser = commands.add_parser(
         "train",
-        help="train one stage from a recipe",
+        help="train one stage from a recipe, or all of tar-mini",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=textwrap.fill(
             "Trains a stage as its recipe says. A run that was killed goes on from its newest checkpoint when the same "
             "command is given again. On several GPUs: accelerate launch -m tar_hf.cli.main train ...",
             width=100,
         ),
-        epilog=textwrap.fill(f"shipped recipes: {shipped}", width=100, subsequent_indent="  "),
+        epilog=textwrap.fill(f"shipped recipes: {shipped}", width=100, subsequent_indent="  ")
+        + "\n\n"
+        + textwrap.fill(train_mini.HELP, width=100, break_on_hyphens=False),
     )
-    parser.add_argument("stage", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a shipped recipe")
+    parser.add_argument("stage", choices=[*STAGES, "mini"], metavar="STAGE", help=", ".join([*STAGES, "mini"]))
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="YAML file, or the name of a shipped recipe; for mini OUT, the run's folder"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="such as training.max_steps=1000 or data.sources.0.path=rows"
     )
     parser.add_argument("--show", action="store_true", help="print the resolved recipe and train nothing")
+    mini = parser.add_argument_group("train mini")
+    mini.add_argument("--smoke", action="store_true", help="tiny models that learn nothing: all stages in minutes")
+    mini.add_argument(
+        "--only", nargs="+", choices=train_mini.STAGES, metavar="STAGE", help=", ".join(train_mini.STAGES)
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments):
-    try:
-        module, recipe = STAGES[arguments.stage]
-        module = importlib.import_module(f"tar_hf.training.{module}")
-    except ModuleNotFoundError as error:
-        if error.name.split(".")[0] == "tar_hf":
-            raise
-        raise ValueError(f"training needs {error.name}: pip install 'tar-hf[train]'") from error
+    with _one_line_errors():
+        if arguments.stage == "mini":
+            train_mini.run(arguments)
+        elif arguments.smoke or arguments.only:
+            raise ValueError("--smoke and --only belong to `tar-hf train mini`: leave them out")
+        else:
+            _train(arguments)
+
+
+def _train(arguments):
+    module, recipe = STAGES[arguments.stage]
+    module = importlib.import_module(f"tar_hf.training.{module}")
     from accelerate import PartialState
 
-    from tar_hf.training.mixture import TooManyBadRows
-    from tar_hf.training.recipe import RecipeError, load_recipe, show_recipe
+    from tar_hf.training.recipe import load_recipe, show_recipe
 
     if not sys.stderr.isatty():
         hide_loading_bars()
@@ -62,14 +77,29 @@ def run(arguments):
     if arguments.show:
         print(show_recipe(recipe), end="")
         return
+    output = module.train(recipe)
+    if PartialState().is_main_process:
+        print(f"{output}: trained, the recipe beside it")
+
+
+@contextlib.contextmanager
+def _one_line_errors():
+    """Says what to install, and why rows could not be read."""
     try:
-        output = module.train(recipe)
-    except (TooManyBadRows, RecipeError) as error:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name.split(".")[0] == "tar_hf":
+            raise
+        raise ValueError(f"training needs {error.name}: pip install 'tar-hf[train]'") from error
+    except (RuntimeError, ValueError) as error:
+        from tar_hf.training.mixture import TooManyBadRows
+        from tar_hf.training.recipe import RecipeError
+
+        if not isinstance(error, TooManyBadRows | RecipeError):
+            raise
         # A loading process hands on its whole traceback, and the reason comes last, behind the error's name.
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(re.sub(r"^[\w.]+: ", "", reason) if "Traceback" in str(error) else str(error)) from error
-    if PartialState().is_main_process:
-        print(f"{output}: trained, the recipe beside it")
 
 
 def recipe_file(name: str) -> Path:

@@ -29,7 +29,7 @@ SCHEMA = pa.schema(
 ROWS_PER_GROUP = 500
 
 # What the assistant does, and how often.
-TASKS = {"text_to_image": 6, "image_to_text": 5, "text_to_text": 1, "image_to_image": 1, "text_image_to_image": 1}
+TASKS = {"text_to_image": 14, "image_to_text": 6, "text_to_text": 1, "image_to_image": 3, "text_image_to_image": 3}
 
 
 def png(scene: Scene) -> bytes:
@@ -78,7 +78,7 @@ def _name(thing):
 
 
 def conversations(split: str, seed: int = 0) -> Iterator[dict]:
-    """Endless rows of one question and its answer."""
+    """Endless rows: a picture asked for, or everything that there is to ask about one, in any order."""
     draw = random.Random(f"conversations/{split}/{seed}")
     sources = world.samples(split, seed), world.scenes(split, seed)
     makers = {
@@ -90,10 +90,10 @@ def conversations(split: str, seed: int = 0) -> Iterator[dict]:
     }
     while True:
         task = draw.choices(list(TASKS), list(TASKS.values()))[0]
-        images, question, answer = makers[task](draw, *sources)
+        images, *texts = makers[task](draw, *sources)
         while any(world.split_of(world.scene_key(scene)) != split for scene in images):  # a changed scene
-            images, question, answer = makers[task](draw, *sources)
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+            images, *texts = makers[task](draw, *sources)
+        turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
         yield {"image": images, "text": None, "regions": None, "conversations": json.dumps(turns)}
 
 
@@ -103,10 +103,12 @@ def _text_to_image(draw, samples, scenes):
 
 
 def _image_to_text(draw, samples, scenes):
+    """A picture's codes are most of what the row costs, so it is asked about more than once."""
     scene = next(scenes)
-    asked = world.questions(scene, draw)
-    _, question, answer = draw.choice(asked)
-    return [scene], f"<image>\n{question}", answer
+    asked = {question: answer for _ in range(2) for _, question, answer in world.questions(scene, draw)}
+    turns = draw.sample(list(asked.items()), len(asked))
+    first, *texts = (text for turn in turns for text in turn)
+    return [scene], f"<image>\n{first}", *texts
 
 
 def _text_to_text(draw, samples, scenes):

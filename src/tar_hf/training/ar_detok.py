@@ -64,6 +64,7 @@ class ARDeTokModelRecipe:
         embedding_dropout (`float`, *optional*, defaults to `0.1`):
             On the embedded condition and tokens (`token_dropout_p` of the original).
         residual_dropout, mlp_dropout (`float`, *optional*, defaults to `0.1`): On the attention's and the MLP's output.
+        attn_implementation (`str`, *optional*): `eager`, `sdpa`, `flash_attention_2`; by default the library's choice.
     """
 
     ta_tok: str
@@ -77,6 +78,7 @@ class ARDeTokModelRecipe:
     embedding_dropout: float | int = 0.1
     residual_dropout: float | int = 0.1
     mlp_dropout: float | int = 0.1
+    attn_implementation: str | None = None
 
     def __post_init__(self):
         origins = [name for name in ("init_from", "preset", "config") if getattr(self, name) is not None]
@@ -314,6 +316,8 @@ def build(recipe: ARDeTokRecipe) -> ARDeTokTrainer:
     ta_tok = TATokModel.from_pretrained(recipe.model.ta_tok, has_encoder=not recipe.pretokenized, dtype=torch.float32)
     check_scales(recipe.scale_weights, recipe.model.ta_tok, ta_tok.config)
     model = open_model(recipe.model, ta_tok.config)
+    if recipe.model.attn_implementation is not None:
+        model.set_attn_implementation(recipe.model.attn_implementation)
     processor = None if recipe.pretokenized else TATokImageProcessor.from_pretrained(recipe.model.ta_tok)
     examples = ARDeTokExamples(ta_tok.config, model.config, recipe.scale_weights, processor)
     train_rows, held_out = open_data(recipe.data, arguments, examples, read_images)

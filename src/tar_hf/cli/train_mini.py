@@ -1,0 +1,37 @@
+"""`tar-hf train mini`: all stages of tar-mini, one after the other."""
+
+import sys
+from pathlib import Path
+
+from tar_hf.cli.model import hide_loading_bars
+from tar_hf.mini.train import GATES_FILE, STAGES, run_stage, train_mini
+
+HELP = (
+    "tar-hf train mini OUT trains the whole of tar-mini in its procedurally drawn world, from nothing: "
+    + ", ".join(f"{name} ({stage.purpose})" for name, stage in STAGES.items())
+    + f". Each stage is a process of its own and ends with a measurement, which OUT/{GATES_FILE} keeps with the time "
+    "that it took; one that is too low stops the command. Given again, the command goes on where it was killed, and "
+    "leaves out the stages that are done. OUT gets the recipes; their `training` may be changed there."
+)
+
+
+def run(arguments):
+    """Several stages, each in its own process; one that is named alone in this."""
+    if arguments.overrides or arguments.show:
+        given = arguments.overrides[0] if arguments.overrides else "--show"
+        raise ValueError(f"train mini takes no {given}: change what a recipe in OUT says of training")
+    output = Path(arguments.recipe)
+    if arguments.only is not None and len(arguments.only) == 1:
+        if not sys.stderr.isatty():
+            hide_loading_bars()
+        run_stage(output, arguments.only[0], arguments.smoke)
+        return
+    folder = train_mini(output, arguments.smoke, arguments.only, _show)
+    if folder.is_dir():
+        print(f"{folder}: trained, the scores of each stage in {folder.parent / GATES_FILE}")
+
+
+def _show(stage, state, entry):
+    scores = ", ".join(f"{name} {entry[name]:.4g} (needed {need})" for name, need in entry.get("needed", {}).items())
+    took = f" in {entry['seconds']:.0f} s" if scores else ""
+    print(f"{stage}: {state}" + (f", {scores}{took}" if scores else ""), flush=True)

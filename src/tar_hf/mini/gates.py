@@ -1,0 +1,384 @@
+"""What each stage of tar-mini has to reach, and the probes that measure it on held-out scenes and texts.
+
+A probe gets the folder of the whole run and its recipe, looks at what its stage has made there, and gives scores by
+name.
+"""
+
+import dataclasses
+import io
+import random
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from PIL import Image
+
+from tar_hf.mini import scorer, world
+from tar_hf.mini.world import CANVAS, COLORS, SHAPES, Scene
+from tar_hf.training.recipe import RecipeError
+
+# What a stage's gate looks at; its probe may give more.
+MEASURES = {
+    "data": ("scenes_read",),
+    "language": ("perplexity",),
+    "vq": ("reconstruction",),
+    "teacher": ("accuracy",),
+    "ta-tok": ("things_read",),
+    "codes": ("missing_rows",),
+    "ar-detok": ("reconstruction",),
+    "llm": ("generation", "understanding"),
+    "assemble": ("megabytes",),
+}
+AT_MOST = ("perplexity", "missing_rows", "megabytes")  # of the others at least so much is needed
+PARTS = ("llm", "ta-tok", "ar-detok")
+BATCH = 32
+NOTHING = len(COLORS) * len(SHAPES)  # class of a place without a thing, behind those of colors and shapes
+
+
+@strict
+@dataclasses.dataclass(kw_only=True)
+class MiniRecipe:
+    """
+    What `train_mini` makes and measures beside the recipes of its stages.
+
+    Args:
+        seed (`int`, *optional*, defaults to `0`): Of every stage.
+        pictures, validation_pictures, conversations (`int`): Rows of data.
+        scales (`list[int]`): Of the codes that rows get.
+        bfloat16 (`list[str]`): Parts that the assembled repository holds in bfloat16: `llm`, `ta-tok`, `ar-detok`.
+        probe_scenes (`int`): Held-out scenes of a gate.
+        probe_prompts (`int`): Held-out prompts and questions of each kind, for the language model's gate.
+        gates (`dict[str, dict[str, float]]`): What is needed, by stage and measure: those of `MEASURES`.
+    """
+
+    seed: int = 0
+    pictures: int
+    validation_pictures: int
+    conversations: int
+    scales: list[int]
+    bfloat16: list[str]
+    probe_scenes: int
+    probe_prompts: int
+    gates: dict[str, dict[str, float | int]]
+
+    def __post_init__(self):
+        for name in ("pictures", "validation_pictures", "conversations", "probe_scenes", "probe_prompts"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if unknown := set(self.bfloat16) - set(PARTS):
+            raise RecipeError(f"bfloat16 may name {', '.join(PARTS)}, got {min(unknown)}")
+        if self.gates.keys() != MEASURES.keys():
+            raise RecipeError(f"gates must name the stages {', '.join(MEASURES)}, got {', '.join(self.gates)}")
+        for stage, names in MEASURES.items():
+            if self.gates[stage].keys() != set(names):
+                got = ", ".join(self.gates[stage]) or "nothing"
+                raise RecipeError(f"gates.{stage} must say {' and '.join(names)}, got {got}")
+
+
+def needs(measure: str, value: float) -> str:
+    """A threshold in words: `at least 0.97`."""
+    return f"{'at most' if measure in AT_MOST else 'at least'} {value:g}"
+
+
+def reached(measure: str, value: float, needed: float) -> bool:
+    """Whether a score is good enough. What is no number is not."""
+    return value <= needed if measure in AT_MOST else value >= needed
+
+
+def held_out(recipe: MiniRecipe, count: int | None = None) -> list[tuple[Scene, str]]:
+    """Scenes of the validation split, half of them of what prompts ask for, with their captions."""
+    from tar_hf.mini import data
+
+    rows = islice(data.pictures("validation", recipe.seed), count or recipe.probe_scenes)
+    return [(row["image"][0], row["text"]) for row in rows]
+
+
+# Probes
+
+
+def probe_data(output: Path, recipe: MiniRecipe) -> dict[str, float]:
+    """Share of pictures, from the start of each file, in which the scorer reads the scene that was drawn."""
+    from tar_hf.mini import data
+
+    right, rows = [], {}
+    for name, split, stream in (
+        ("pictures", "train", data.pictures),
+        ("pictures-validation", "validation", data.pictures),
+        ("conversations", "train", data.conversations),
+    ):
+        file = pq.ParquetFile(output / f"{name}.parquet")
+        rows[f"{name}_rows"] = file.metadata.num_rows
+        stored = (row["image"] for batch in file.iter_batches(BATCH, columns=["image"]) for row in batch.to_pylist())
+        drawn = (row["image"] for row in stream(split, recipe.seed))
+        for images, scenes in islice(zip(stored, drawn, strict=False), recipe.probe_scenes):
+            for image, scene in zip(images, scenes, strict=True):
+                shown = scorer.read_scene(Image.open(io.BytesIO(image["bytes"])))
+                right.append(scorer.same_places(scene, shown, tolerance=1.0))
+    return {"scenes_read": _share(right), **rows}
+
+
+@torch.inference_mode()
+def probe_language(output: Path, recipe: MiniRecipe) -> dict[str, float]:
+    """Perplexity of a token of held-out texts, of all kinds alike."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tar_hf.mini.language import LanguageRecipe, Texts
+    from tar_hf.training.conversations import IGNORED, PaddingCollator
+    from tar_hf.training.recipe import load_recipe
+
+    model = _load(AutoModelForCausalLM, output / "language")
+    tokenizer = AutoTokenizer.from_pretrained(output / "language")
+    options = load_recipe(LanguageRecipe, output / "language.yaml").data
+    texts = Texts(tokenizer, options, "validation", 4 * recipe.probe_scenes, recipe.seed)
+    collate, loss, tokens = PaddingCollator(tokenizer.pad_token_id), 0.0, 0
+    for rows in _batches(texts[number] for number in range(len(texts))):
+        batch = {name: value.to(model.device) for name, value in collate(rows).items()}
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch).logits[:, :-1].float()
+        loss += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum").item()
+        tokens += (labels != IGNORED).sum().item()
+    return {"perplexity": float(np.exp(loss / tokens))}
+
+
+@torch.inference_mode()
+def probe_vq(output: Path, recipe: MiniRecipe) -> dict[str, float]:
+    """Share of scenes that the scorer reads, each thing in its place, from what VQ tokens are decoded to."""
+    from transformers import JanusVQVAE
+
+    from tar_hf.modeling.modeling_ar_detok import nearest_vq_tokens
+    from tar_hf.training.rows import square_pixels
+
+    model = _load(JanusVQVAE, output / "vq")
+    size = model.config.num_patches * 2 ** (len(model.config.channel_multiplier) - 1)
+    right, counts = [], torch.zeros(model.config.num_embeddings, dtype=torch.long)
+    for scenes in _batches(scene for scene, _ in held_out(recipe)):
+        pixels = torch.stack([square_pixels(world.render(scene), size) for scene in scenes])
+        ids = nearest_vq_tokens(model, pixels.to(model.device))
+        counts += torch.bincount(ids.flatten().cpu(), minlength=len(counts))
+        right += _in_place(scenes, model.decode(ids) * 0.5 + 0.5)
+    return {"reconstruction": _share(right), **_code_statistics(counts)}
+
+
+@torch.inference_mode()
+def probe_teacher(output: Path, recipe: MiniRecipe, batch_size: int = 64) -> dict[str, float]:
+    """How often a picture finds its own among 64 captions."""
+    from transformers import AutoTokenizer, SiglipModel
+
+    from tar_hf.training.recipe import load_recipe
+    from tar_hf.training.teacher import TeacherRecipe
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        output / load_recipe(TeacherRecipe, output / "teacher.yaml").model.tokenizer
+    )
+    model = _load(SiglipModel, output / "teacher")
+    processor = _image_processor(model.config.vision_config.image_size)
+    length = model.config.text_config.max_position_embeddings
+    right = []
+    batches = -(-recipe.probe_scenes // batch_size)
+    for rows in _batches(held_out(recipe, batches * batch_size), batch_size):
+        ids = tokenizer([caption for _, caption in rows], padding="max_length", max_length=length, return_tensors="pt")
+        scores = model(
+            input_ids=ids.input_ids.to(model.device),
+            pixel_values=_pixels(processor, [scene for scene, _ in rows]).to(model.device),
+        ).logits_per_image
+        right += (scores.argmax(-1).cpu() == torch.arange(len(rows))).tolist()
+    return {"accuracy": _share(right)}
+
+
+@torch.inference_mode()
+def probe_ta_tok(output: Path, recipe: MiniRecipe) -> dict[str, float]:
+    """
+    What a linear probe reads from the features that codes are decoded to: color and shape of the thing at each place.
+
+    Ridge regression of 19 classes, weighted so that each counts alike, on a cell's features and those of the 8 cells
+    around it. Fitted on three times the probe's scenes and scored on others, at the cells whose centre lies in a thing.
+    """
+    from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
+    from tar_hf.modeling.modeling_ta_tok import TATokModel
+
+    model = _load(TATokModel, output / "ta-tok")
+    processor = TATokImageProcessor.from_pretrained(output / "ta-tok")
+    counts = torch.zeros(model.config.codebook_size, dtype=torch.long)
+
+    def examples(scenes):
+        """Features (cells, 9 * C + 1) and classes (cells,) of each batch."""
+        for batch in _batches(scenes):
+            codes = model.encode(_pixels(processor, batch).to(model.device), scale=min(model.config.scales))
+            counts.add_(torch.bincount(codes.flatten().cpu(), minlength=len(counts)))
+            features = _with_neighbours(model.decode(codes)).flatten(0, 1)
+            side = round(codes.shape[1] ** 0.5)
+            yield features, torch.cat([cell_classes(scene, side) for scene in batch]).to(features.device)
+
+    scenes = [scene for scene, _ in held_out(recipe, 4 * recipe.probe_scenes)]
+    weights = fit_ridge(examples(scenes[recipe.probe_scenes :]), NOTHING + 1)
+    right = []
+    for features, classes in examples(scenes[: recipe.probe_scenes]):
+        in_thing = classes != NOTHING
+        found = (features[in_thing] @ weights).argmax(-1)
+        right += (found == classes[in_thing]).tolist()
+    return {"things_read": _share(right), **_code_statistics(counts)}
+
+
+def probe_codes(output: Path, recipe: MiniRecipe) -> dict[str, float]:
+    """Rows that pre-tokenisation left out, or that are not there."""
+    found = {}
+    for name in ("pictures", "conversations"):
+        files = (output / "codes" / name).glob("part-*.parquet")
+        found[f"{name}_rows"] = sum(pq.read_metadata(file).num_rows for file in files)
+    return {"missing_rows": recipe.pictures + recipe.conversations - sum(found.values()), **found}
+
+
+@torch.inference_mode()
+def probe_ar_detok(output: Path, recipe: MiniRecipe) -> dict[str, float]:
+    """Share of scenes that the scorer reads, each thing in its place, from pictures -> codes -> drawn pictures."""
+    from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
+    from tar_hf.modeling.modeling_ar_detok import ARDeTokForCausalLM
+    from tar_hf.modeling.modeling_ta_tok import TATokModel
+
+    ta_tok, model = _load(TATokModel, output / "ta-tok"), _load(ARDeTokForCausalLM, output / "ar-detok")
+    processor = TATokImageProcessor.from_pretrained(output / "ta-tok")
+    right = []
+    for scenes in _batches(scene for scene, _ in held_out(recipe)):
+        codes = ta_tok.encode(_pixels(processor, scenes).to(ta_tok.device), scale=min(ta_tok.config.scales))
+        seeds = (random.Random(f"{recipe.seed}/{len(right) + i}") for i in range(len(scenes)))
+        generators = [torch.Generator().manual_seed(seed.getrandbits(63)) for seed in seeds]
+        right += _in_place(scenes, model.detokenize(ta_tok.decode(codes), generator=generators))
+    return {"reconstruction": _share(right)}
+
+
+def probe_llm(output: Path, recipe: MiniRecipe) -> dict[str, float]:
+    """Scores of the whole system on held-out prompts and questions."""
+    from tar_hf.mini.evaluate import evaluate
+    from tar_hf.pipelines.pipeline_tar import TarPipeline
+
+    pipe = TarPipeline.from_pretrained(output / "llm", ta_tok=output / "ta-tok", detokenizer=output / "ar-detok")
+    scores = evaluate(pipe.to(_device()), recipe.probe_prompts, recipe.seed, "validation")["scores"]
+    return {name: score for name, score in scores.items() if score is not None}
+
+
+def probe_assemble(output: Path, recipe: MiniRecipe) -> dict[str, float]:
+    """Size of the repository, every part of which has to load."""
+    from tar_hf.pipelines.pipeline_tar import TarPipeline
+
+    folder = output / "tar-mini"
+    pipe = TarPipeline.from_pretrained(folder)
+    for part in ("model", "encoder", "decoder", "detokenizer", "image_processor"):
+        getattr(pipe, part)
+    return {"megabytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6}
+
+
+# The linear probe
+
+
+def cell_classes(scene: Scene, side: int) -> torch.LongTensor:
+    """What the centre of each of `side` x `side` cells shows (side * side,): a color and shape, or `NOTHING`."""
+    centres = (np.arange(side) + 0.5) * CANVAS / side
+    return torch.tensor([_class_at(scene, x, y) for y in centres for x in centres])
+
+
+def _class_at(scene, x, y):
+    for thing in scene.things:
+        left, top, right, bottom = thing.box
+        dx, dy = abs(x - thing.x), abs(y - thing.y)
+        if not (left <= x <= right and top <= y <= bottom):
+            continue
+        if thing.shape == "circle" and np.hypot(dx, dy) > thing.size / 2:
+            continue
+        if thing.shape == "triangle" and dx > (y - top) / 2:  # as wide as it is high, and its tip on top
+            continue
+        return list(COLORS).index(thing.color) * len(SHAPES) + SHAPES.index(thing.shape)
+    return NOTHING
+
+
+def fit_ridge(
+    examples: Iterable[tuple[torch.Tensor, torch.LongTensor]], classes: int, strength: float = 1e-3
+) -> torch.Tensor:
+    """
+    Closed-form ridge regression on one-hot classes, in which each class counts alike.
+
+    Args:
+        examples (`Iterable`): Batches of features (B, W) and classes (B,).
+        classes (`int`): How many there are.
+        strength (`float`, *optional*, defaults to `1e-3`): Of the penalty, relative to the features' mean square.
+
+    Returns:
+        `torch.Tensor` of shape `(W, classes)`.
+    """
+    rows, targets = (torch.cat(parts) for parts in zip(*examples, strict=True))
+    counts = torch.bincount(targets, minlength=classes)
+    weights = counts.clamp(min=1).double().reciprocal()
+    weighted = rows * weights[targets, None].to(rows.dtype)
+    gram = (rows.mT @ weighted).double()
+    products = (weighted.mT @ F.one_hot(targets, classes).to(rows.dtype)).double()
+    gram += strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram, products).to(rows.dtype)
+
+
+def _with_neighbours(features):
+    """Features (B, N, C) -> with those of the cells around, zeros beyond the edge, and a one: (B, N, 9 * C + 1)."""
+    side = round(features.shape[1] ** 0.5)
+    grid = features.float().mT.unflatten(2, (side, side))
+    around = F.unfold(grid, 3, padding=1).mT
+    return torch.cat([around, torch.ones_like(around[..., :1])], -1)
+
+
+# What probes share
+
+
+def _device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _load(kind, folder):
+    return kind.from_pretrained(folder, dtype=torch.float32).eval().to(_device())
+
+
+def _image_processor(size):
+    from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
+
+    return TATokImageProcessor(size=size)
+
+
+def _pixels(processor, scenes):
+    return processor([world.render(scene) for scene in scenes], return_tensors="pt").pixel_values
+
+
+def _batches(items: Iterable, size: int = BATCH) -> Iterator[list]:
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+def _in_place(scenes, pixels):
+    """For each picture (3, H, H) in 0..1 whether it shows its scene."""
+    arrays = (pixels.clamp(0, 1).permute(0, 2, 3, 1).cpu().float().numpy() * 255).astype("uint8")
+    shown = (scorer.read_scene(Image.fromarray(array)) for array in arrays)
+    return [scorer.same_places(scene, read) for scene, read in zip(scenes, shown, strict=True)]
+
+
+def _code_statistics(counts):
+    from tar_hf.training.ta_tok import code_statistics
+
+    return {f"code_{name.removeprefix('code_')}": value for name, value in code_statistics(counts).items()}
+
+
+def _share(right: list[bool]) -> float:
+    return sum(right) / len(right)
+
+
+PROBES = {
+    "data": probe_data,
+    "language": probe_language,
+    "vq": probe_vq,
+    "teacher": probe_teacher,
+    "ta-tok": probe_ta_tok,
+    "codes": probe_codes,
+    "ar-detok": probe_ar_detok,
+    "llm": probe_llm,
+    "assemble": probe_assemble,
+}

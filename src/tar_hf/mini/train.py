@@ -1,0 +1,352 @@
+"""Trains the whole of tar-mini in order, each stage in a process of its own, and measures what each has reached.
+
+The recipes lie in `recipes/`, and those of a run in its folder. This file imports nothing heavy: each stage does.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+RECIPES = Path(__file__).parent / "recipes"
+GATES_FILE = "gates.json"
+RESULT = "tar-mini"  # the folder with the whole system
+TICK = 30.0  # seconds between notes of the time that a stage has taken, which a killed process leaves behind
+
+Progress = Callable[[str, str, dict], None]
+
+
+class GateError(ValueError):
+    """A stage that did not reach what it has to: the message tells the scores, what is needed, and what to do."""
+
+
+class StageError(ValueError):
+    """A stage whose process ended with an error, which it has printed, or a stage that cannot run yet."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    Args:
+        purpose (`str`): What it makes.
+        needs (`tuple[str]`): The stages that have to be done before.
+        run (`Callable[[MiniRecipe], None]`): Does the work, in the folder of the run, or goes on with it.
+        advice (`str`): What to do about a score that is too low.
+    """
+
+    purpose: str
+    needs: tuple[str, ...]
+    run: Callable
+    advice: str = (
+        "train longer: raise training.max_steps in {recipe} and give the command again, which goes on from the last "
+        "checkpoint"
+    )
+
+
+def train_mini(
+    output: str | Path, smoke: bool = False, only: Sequence[str] | None = None, callback: Progress | None = None
+) -> Path:
+    """
+    Trains tar-mini. A call that was killed goes on when it is given again; a stage that has passed its gate is left as
+    it is.
+
+    Args:
+        output (`str` or `Path`): Folder of the run: recipes, data, one folder for each part, `gates.json` with the
+            scores, and in the end `tar-mini`, the repository of the system.
+        smoke (`bool`, *optional*, defaults to `False`): Tiny models that learn nothing, to see that all stages run.
+        only (`Sequence[str]`, *optional*): Some stages, of `STAGES`. By default all.
+        callback (*optional*): Called with the stage, "started", "passed" or "passed before", and what `gates.json` says
+            of it.
+
+    Returns:
+        `Path`: The folder of the system. It is there when all stages are done.
+
+    Raises:
+        `GateError`: a stage whose scores are too low.
+        `StageError`: a stage that failed otherwise, or needs another one first.
+        `RecipeError`: a folder that was made with other recipes.
+    """
+    output = Path(output).resolve()
+    copy_recipes(output, smoke)
+    for name in _in_order(only):
+        entry = _gates(output).get(name, {})
+        if entry.get("passed"):
+            _report(callback, name, "passed before", entry)
+            continue
+        _report(callback, name, "started", entry)
+        status = _start(output, name, smoke)
+        entry = _gates(output).get(name, {})
+        if entry.get("passed") is False:
+            raise GateError(_failure(output, name, entry))
+        if status or not entry.get("passed"):
+            raise StageError(f"stage {name} ended with the exit status {status}: it has printed why, further up")
+        _report(callback, name, "passed", entry)
+    return output / RESULT
+
+
+def run_stage(output: str | Path, name: str, smoke: bool = False) -> dict:
+    """
+    Runs one stage in this process, with `output` as the working directory, and its gate.
+
+    Returns what `gates.json` says of it; raises as `train_mini` does.
+    """
+    output = Path(output).resolve()
+    copy_recipes(output, smoke)
+    gates = _gates(output)
+    if gates.get(name, {}).get("passed"):
+        return gates[name]
+    if missing := [need for need in STAGES[name].needs if not gates.get(need, {}).get("passed")]:
+        raise StageError(f"stage {name} needs {', '.join(missing)}, not done yet in {output}: run that first")
+
+    recipe = _mini_recipe(output)
+    _note(output, name, lambda entry: {"seconds": entry.get("seconds", 0.0)})  # an earlier score says nothing any more
+    with _timed(output, name), _working_in(output):
+        STAGES[name].run(recipe)
+        from tar_hf.mini.gates import PROBES, needs, reached
+
+        scores = PROBES[name](output, recipe)
+    needed = recipe.gates[name]
+    passed = all(reached(measure, scores[measure], value) for measure, value in needed.items())
+    needed = {measure: needs(measure, value) for measure, value in needed.items()}
+    entry = _note(output, name, lambda entry: {**scores, "needed": needed, "passed": passed, **entry})
+    if not passed:
+        raise GateError(_failure(output, name, entry))
+    return entry
+
+
+# The folder of a run
+
+
+def copy_recipes(output: Path, smoke: bool = False):
+    """
+    Copies the recipes into the folder of a run. Raises a `RecipeError` where it has others already.
+
+    `training` may differ: that is how a stage is made longer.
+    """
+    from tar_hf.training.recipe import RecipeError
+
+    output.mkdir(parents=True, exist_ok=True)
+    source = RECIPES / "smoke" if smoke else RECIPES
+    copies = {file: output / file.name for file in sorted(source.glob("*.yaml"))}
+    for file, copy in copies.items():
+        if copy.exists() and (key := _difference(copy, file)) is not None:
+            raise RecipeError(
+                f"{copy} says something else about {key} than this package's {file.relative_to(RECIPES.parent)}: go on "
+                "with what the folder was made with, or choose another folder"
+            )
+    for file, copy in copies.items():
+        if not copy.exists():
+            with _new_file(copy) as unfinished:
+                shutil.copyfile(file, unfinished)
+
+
+def _difference(one, other):
+    """The first key of two recipes that differs, `training` aside."""
+    import yaml
+
+    one, other = (yaml.safe_load(file.read_text(encoding="utf-8")) or {} for file in (one, other))
+    keys = (key for key in [*other, *one] if key != "training" and one.get(key) != other.get(key))
+    return next(keys, None)
+
+
+def _mini_recipe(output):
+    from tar_hf.mini.gates import MiniRecipe
+    from tar_hf.training.recipe import load_recipe
+
+    return load_recipe(MiniRecipe, output / "mini.yaml")
+
+
+def _gates(output) -> dict[str, dict]:
+    file = output / GATES_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _note(output, name, change: Callable[[dict], dict]) -> dict:
+    """Changes what `gates.json` says of a stage."""
+    gates = _gates(output)
+    gates[name] = change(gates.get(name, {}))
+    gates = {stage: gates[stage] for stage in STAGES if stage in gates}
+    with _new_file(output / GATES_FILE) as unfinished:
+        unfinished.write_text(json.dumps(gates, indent=2) + "\n", encoding="utf-8")
+    return gates[name]
+
+
+@contextlib.contextmanager
+def _timed(output, name) -> Iterator[None]:
+    """Adds the time that passes to the stage's `seconds`, now and then and in the end."""
+    before, start, done = _gates(output)[name]["seconds"], time.monotonic(), threading.Event()
+
+    def note():
+        seconds = round(before + time.monotonic() - start, 1)
+        _note(output, name, lambda entry: {**entry, "seconds": seconds})
+
+    def watch():
+        while not done.wait(TICK):
+            note()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+        note()
+
+
+@contextlib.contextmanager
+def _working_in(folder) -> Iterator[None]:
+    """Recipes name what lies beside them."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """Gives a name beside `path`, that is renamed to it in the end."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    yield unfinished
+    unfinished.replace(path)
+
+
+# Processes
+
+
+def _start(output, name, smoke) -> int:
+    """Runs a stage in a process of its own, which ends when this one is told to."""
+    options = ["--only", name] + ["--smoke"] * smoke
+    process = subprocess.Popen([sys.executable, "-m", "tar_hf.cli.main", "train", "mini", str(output), *options])
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+
+
+def _in_order(only):
+    if unknown := set(only or ()) - STAGES.keys():
+        raise ValueError(f"stages are {', '.join(STAGES)}, got {min(unknown)}")
+    return [name for name in STAGES if only is None or name in only]
+
+
+def _failure(output, name, entry):
+    scores = ", ".join(f"{measure} {entry[measure]:.4g}, needed {need}" for measure, need in entry["needed"].items())
+    advice = STAGES[name].advice.format(recipe=output / f"{name}.yaml", output=output)
+    return f"stage {name} did not reach what it has to: {scores}. {advice[0].upper()}{advice[1:]}"
+
+
+def _report(callback, name, state, entry):
+    if callback is not None:
+        callback(name, state, entry)
+
+
+# The stages
+
+
+def _make_data(recipe):
+    from tar_hf.mini import data
+
+    for name, write, split, count in (
+        ("pictures", data.write_pictures, "train", recipe.pictures),
+        ("pictures-validation", data.write_pictures, "validation", recipe.validation_pictures),
+        ("conversations", data.write_conversations, "train", recipe.conversations),
+    ):
+        file = Path(f"{name}.parquet")
+        if not file.exists():  # files are there whole or not at all
+            write(file, split, count, recipe.seed)
+
+
+def _train(name, module, kind, recipe):
+    """A stage of a Trainer: goes on from its newest checkpoint."""
+    from tar_hf.training.recipe import load_recipe
+
+    module = importlib.import_module(module)
+    module.train(load_recipe(getattr(module, kind), f"{name}.yaml", [f"seed={recipe.seed}"]))
+
+
+def _make_codes(recipe):
+    from tar_hf.modeling.modeling_ta_tok import TATokConfig
+    from tar_hf.training.ar_detok import ARDeTokRecipe, open_model
+    from tar_hf.training.pretokenize import pretokenize
+    from tar_hf.training.recipe import SourceRecipe, load_recipe
+
+    # `pretokenize` takes the VQ autoencoder of an AR-DTok, so it gets one that is not trained yet.
+    model = open_model(load_recipe(ARDeTokRecipe, "ar-detok.yaml").model, TATokConfig.from_pretrained("ta-tok"))
+    untrained = Path("codes/untrained-ar-detok")
+    shutil.rmtree(untrained, ignore_errors=True)
+    model.save_pretrained(untrained)
+    options = {"ta_tok": "ta-tok", "scales": recipe.scales, "batch_size": 32}
+    pretokenize(SourceRecipe("pictures.parquet"), "codes/pictures", ar_detok=untrained, **options)
+    pretokenize(SourceRecipe("conversations.parquet"), "codes/conversations", **options)
+
+
+def _assemble(recipe):
+    import tempfile
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tar_hf.conversion.assemble import assemble
+    from tar_hf.conversion.publish import IGNORED
+    from tar_hf.modeling.modeling_ar_detok import ARDeTokForCausalLM
+    from tar_hf.modeling.modeling_ta_tok import TATokModel
+
+    kinds = {"llm": AutoModelForCausalLM, "ta-tok": TATokModel, "ar-detok": ARDeTokForCausalLM}
+    shutil.rmtree(RESULT, ignore_errors=True)  # of a call that was killed before it measured it
+    with tempfile.TemporaryDirectory(dir=".") as temporary:
+        folders = []
+        for name, kind in kinds.items():
+            folder = Path(temporary) / name
+            shutil.copytree(name, folder, ignore=shutil.ignore_patterns(*IGNORED))
+            if name in recipe.bfloat16:
+                kind.from_pretrained(name, dtype=torch.bfloat16).save_pretrained(folder)
+            folders.append(folder)
+        assemble(RESULT, *folders)
+
+
+def _trained(name, purpose, *needs, module=None, kind):
+    module = module or f"tar_hf.training.{name.replace('-', '_')}"
+    return Stage(purpose, needs, partial(_train, name, module, kind))
+
+
+STAGES = {
+    "data": Stage(
+        "pictures with captions, conversations",
+        (),
+        _make_data,
+        "world, scorer or file has changed since it was drawn: remove {output}/*.parquet and give the command again",
+    ),
+    "language": _trained("language", "a text model", module="tar_hf.mini.language", kind="LanguageRecipe"),
+    "vq": _trained("vq", "the VQ autoencoder", "data", kind="VQRecipe"),
+    "teacher": _trained("teacher", "a SigLIP", "data", "language", kind="TeacherRecipe"),
+    "ta-tok": _trained("ta-tok", "the image tokenizer", "data", "language", "teacher", kind="TATokRecipe"),
+    "codes": Stage(
+        "the pictures as codes",
+        ("data", "vq", "ta-tok"),
+        _make_codes,
+        "{output}/codes/*/part-*.bad.jsonl says why rows were left out",
+    ),
+    "ar-detok": _trained("ar-detok", "the de-tokenizer", "vq", "ta-tok", "codes", kind="ARDeTokRecipe"),
+    # Its gate draws.
+    "llm": _trained("llm", "the language model", "language", "ta-tok", "codes", "ar-detok", kind="LLMRecipe"),
+    "assemble": Stage(
+        "the repository of the whole system",
+        ("ta-tok", "ar-detok", "llm"),
+        _assemble,
+        "name more parts under bfloat16 in mini.yaml, or make smaller models, in another folder",
+    ),
+}

@@ -1,0 +1,198 @@
+"""One command trains the whole of tar-mini: in order, once, and again after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from tar_hf import TarPipeline
+from tar_hf.cli.main import main
+from tar_hf.mini import train, world
+from tar_hf.mini.train import GATES_FILE, RECIPES, STAGES, GateError, StageError, run_stage, train_mini
+from tar_hf.training.recipe import RecipeError
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+MADE = ("pictures.parquet", "conversations.parquet", "codes/pictures", "codes/conversations")  # what recipes may read
+
+
+def command(folder, *options):
+    return [sys.executable, "-m", "tar_hf.cli.main", "train", "mini", str(folder), "--smoke", *options]
+
+
+def gates(folder):
+    return json.loads((folder / GATES_FILE).read_text())
+
+
+def change(file, **training):
+    recipe = yaml.safe_load(file.read_text())
+    recipe["training"] |= training
+    file.write_text(yaml.safe_dump(recipe))
+
+
+def steps(folder):
+    """The steps of a run that were logged."""
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [line["step"] for line in state["log_history"] if "loss" in line]
+
+
+@pytest.mark.slow
+def test_all_stages_of_tiny_models(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    calls, out = [], tmp_path / "out"
+    folder = train_mini(out, smoke=True, callback=lambda *call: calls.append(call))
+    assert [call[:2] for call in calls] == [(name, state) for name in STAGES for state in ("started", "passed")]
+    pipe = TarPipeline.from_pretrained(folder)
+    assert pipe("a red circle").images[0].size == (24, 24)
+    assert isinstance(pipe.generate_text(world.COUNT, images=world.render(next(world.scenes("test")))), str)
+    assert str(pipe.model.dtype) == "torch.bfloat16" and str(pipe.decoder.dtype) == "torch.float32"
+    found = gates(out)
+    assert list(found) == list(STAGES) and all(entry["passed"] for entry in found.values())
+    assert found["codes"]["pictures_rows"] == 32 and found["vq"]["needed"] == {"reconstruction": "at least 0"}
+    assert all(entry["seconds"] > 0 for entry in found.values())
+
+    # Nothing is done again, and nobody may make something else of the folder.
+    calls.clear()
+    monkeypatch.setattr(train, "_start", None)
+    assert train_mini(out, smoke=True, callback=lambda *call: calls.append(call)) == folder
+    assert [call[:2] for call in calls] == [(name, "passed before") for name in STAGES]
+    assert gates(out) == found
+    with pytest.raises(RecipeError, match=r"out/ar-detok.yaml says something else about model than .*recipes/ar-detok"):
+        train_mini(out)
+
+
+@pytest.mark.slow
+def test_a_stage_that_was_killed_goes_on(tmp_path):
+    out = tmp_path / "out"
+    train.copy_recipes(out, smoke=True)
+    change(out / "language.yaml", max_steps=400, save_steps=20, logging_steps=20)
+    process = subprocess.Popen(command(out, "--only", "language"), env=ENVIRONMENT)
+    wait_for(out / "language" / "checkpoint-40" / "trainer_state.json")
+    process.kill()
+    process.wait()
+    assert not (out / "language" / "model.safetensors").exists() and "passed" not in gates(out)["language"]
+    written = (out / "language" / "checkpoint-40" / "trainer_state.json").stat().st_mtime_ns
+    (out / GATES_FILE).write_text(json.dumps({"language": {"seconds": 1000.0}}))
+
+    # So that checkpoint 40 is still there in the end, if it is not written again.
+    change(out / "language.yaml", max_steps=60, save_total_limit=100)
+    subprocess.run(command(out, "--only", "language"), env=ENVIRONMENT, check=True)
+    assert steps(out / "language") == [20, 40, 60]
+    assert (out / "language" / "checkpoint-40" / "trainer_state.json").stat().st_mtime_ns == written
+    assert gates(out)["language"]["passed"] and 1000 < gates(out)["language"]["seconds"] < 1200
+
+
+@pytest.mark.slow
+def test_a_terminated_command_ends_its_stage(tmp_path):
+    out = tmp_path / "out"
+    train.copy_recipes(out, smoke=True)
+    change(out / "language.yaml", max_steps=100000)
+    process = subprocess.Popen(command(out), env=ENVIRONMENT)
+    wait_for(out / "language" / "checkpoint-2" / "trainer_state.json")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    newest = sorted((out / "language").iterdir())
+    time.sleep(2)
+    assert sorted((out / "language").iterdir()) == newest  # nobody goes on writing
+    assert gates(out)["data"]["passed"] and gates(out)["language"]["seconds"] > 0
+
+
+def wait_for(file, seconds=120):
+    end = time.monotonic() + seconds
+    while not file.exists():
+        assert time.monotonic() < end, f"{file} does not come"
+        time.sleep(0.02)
+
+
+def test_a_stage_that_is_too_low_says_what_to_do_and_can_be_trained_longer(tmp_path):
+    out = tmp_path / "out"
+    train.copy_recipes(out, smoke=True)
+    message = (
+        r"language did not reach .* perplexity \d+.*, needed at most 300. Train longer: raise training.max_steps in "
+    )
+    change(out / "language.yaml", max_steps=1)
+    with pytest.raises(GateError, match=message + str(out / "language.yaml")):
+        run_stage(out, "language", smoke=True)
+    entry = gates(out)["language"]
+    assert not entry["passed"] and entry["perplexity"] > 300 and entry["needed"] == {"perplexity": "at most 300"}
+    with pytest.raises(StageError, match="stage teacher needs data, language, not done yet in"):
+        run_stage(out, "teacher", smoke=True)
+
+    change(out / "language.yaml", max_steps=30)
+    longer = run_stage(out, "language", smoke=True)
+    assert longer["passed"] and longer["perplexity"] < 300 and longer["seconds"] > entry["seconds"]
+    assert steps(out / "language") == [*range(2, 31, 2)]
+    assert gates(out)["language"] == longer == run_stage(out, "language", smoke=True)
+
+
+def test_a_failing_gate_stops_the_command(tmp_path, monkeypatch, capsys):
+    """The process of a stage has noted its scores; the command tells them."""
+
+    def start(output, name, smoke):
+        entry = {"scenes_read": 0.5, "needed": {"scenes_read": "at least 1"}, "passed": False, "seconds": 1.0}
+        train._note(output, name, lambda _: entry)
+        return 2
+
+    monkeypatch.setattr(train, "_start", start)
+    assert main(["train", "mini", str(tmp_path / "out"), "--smoke"]) == 2
+    error = capsys.readouterr().err
+    assert "stage data did not reach what it has to: scenes_read 0.5, needed at least 1. " in error
+    assert error.count("\n") == 1
+    monkeypatch.setattr(train, "_start", lambda *_: 1)
+    with pytest.raises(StageError, match="stage vq ended with the exit status 1"):
+        train_mini(tmp_path / "out", smoke=True, only=["vq", "teacher"])
+
+
+def test_other_recipes_are_refused_but_for_their_training(tmp_path):
+    train.copy_recipes(tmp_path / "out", smoke=True)
+    change(tmp_path / "out" / "vq.yaml", max_steps=7)
+    train.copy_recipes(tmp_path / "out", smoke=True)
+    assert yaml.safe_load((tmp_path / "out" / "vq.yaml").read_text())["training"]["max_steps"] == 7
+    file = tmp_path / "out" / "mini.yaml"
+    file.write_text(file.read_text().replace("pictures: 32", "pictures: 33"))
+    with pytest.raises(RecipeError, match=r"mini.yaml says something else about pictures than .*recipes/smoke/mini"):
+        train.copy_recipes(tmp_path / "out", smoke=True)
+
+
+@pytest.mark.parametrize("folder", [RECIPES, RECIPES / "smoke"], ids=["full", "smoke"])
+def test_every_trained_stage_has_a_recipe_that_reads_and_writes_in_the_runs_folder(folder):
+    trained = {name for name, stage in STAGES.items() if hasattr(stage.run, "keywords")}
+    assert {file.stem for file in folder.glob("*.yaml")} == {*trained, "mini"}
+    for name in trained:
+        recipe = yaml.safe_load((folder / f"{name}.yaml").read_text())
+        assert recipe["output_dir"] == name
+        for source in recipe["data"].get("sources", []) if name != "language" else []:
+            assert source["path"] in MADE
+
+
+def test_stages_come_after_what_they_need():
+    done = set()
+    for name, stage in STAGES.items():
+        assert done.issuperset(stage.needs)
+        done.add(name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mini", "out", "training.max_steps=3"], "train mini takes no training.max_steps=3"),
+        (["mini", "out", "--show"], "train mini takes no --show"),
+        (["llm", "llm-sft", "--smoke"], "--smoke and --only belong to `tar-hf train mini`"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    assert main(["train", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_tells_the_stages(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "tar-hf train mini OUT trains the whole of tar-mini" in out
+    assert all(stage.purpose in out for stage in STAGES.values())
