@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -13,6 +14,7 @@ from tar_hf.mini import data, scorer, world
 from tar_hf.training.recipe import SourceRecipe
 from tar_hf.training.rows import read_images, read_row
 from tar_hf.training.sources import open_source
+from tar_hf.training.teacher import read_caption
 
 
 def test_written_rows_are_read_by_training(tmp_path):
@@ -24,32 +26,93 @@ def test_written_rows_are_read_by_training(tmp_path):
         row = read_images(rows[i], random.Random(0))
         scene = scorer.read_scene(Image.open(io.BytesIO(row.images[0])))
         assert rows[i]["text"] == data.dense_caption(scene) or len(scene.things) > 1  # read from left to right
+        assert len(read_caption(rows[i], random.Random(0)).regions) == 1 + len(scene.things)
     rows = open_source(SourceRecipe(str(tmp_path / "conversations.parquet"))).rows
     assert [read_row(rows[i], random.Random(0)).turns[-1][0] for i in range(40)] == ["assistant"] * 40
     assert not list(tmp_path.glob(".*"))
 
 
+def turns_of(row):
+    """Questions and their answers."""
+    turns = json.loads(row["conversations"])
+    assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+    return [(one["value"], other["value"]) for one, other in zip(turns[::2], turns[1::2], strict=True)]
+
+
 def test_conversations_are_of_five_kinds_in_proportion():
     kinds = Counter()
-    for row in islice(data.conversations("train"), 1400):
-        question, answer = (turn["value"] for turn in json.loads(row["conversations"]))
+    for row in islice(data.conversations("train"), 1350):
+        question, answer = turns_of(row)[0]
         kinds["<image>" in question, "<image>" in answer, question == world.SIMILAR] += 1
-    assert kinds[False, True, False] == pytest.approx(600, abs=70)
-    assert kinds[True, False, False] == pytest.approx(500, abs=70)
-    for kind in ((False, False, False), (True, True, True), (True, True, False)):
-        assert kinds[kind] == pytest.approx(100, abs=40)
+    names = {
+        (False, True, False): "text_to_image",
+        (True, False, False): "image_to_text",
+        (False, False, False): "text_to_text",
+        (True, True, True): "image_to_image",
+        (True, True, False): "text_image_to_image",
+    }
+    assert kinds.keys() == names.keys() and set(names.values()) == data.TASKS.keys()
+    for kind, name in names.items():
+        assert kinds[kind] == pytest.approx(1350 * data.TASKS[name] / sum(data.TASKS.values()), abs=45), name
 
 
 def test_answers_to_pictures_are_about_them():
+    lengths, answers = Counter(), Counter()
     for row in islice(data.conversations("test"), 300):
-        question, answer = (turn["value"] for turn in json.loads(row["conversations"]))
+        turns = turns_of(row)
         assert all(world.split_of(world.scene_key(scene)) == "test" for scene in row["image"])
-        if question == f"<image>\n{world.DESCRIBE}":
-            assert answer == world.describe(row["image"][0])
-        elif question == world.SIMILAR:
+        (question, answer), *_ = turns
+        if question == world.SIMILAR:
             assert scorer.same_things(*row["image"])
         elif "but" in question:
             assert {thing.color for thing in row["image"][1].things} == {question.split()[-1]}
+        elif "<image>" in question and answer != "<image>":
+            (scene,) = row["image"]
+            questions = [question.removeprefix("<image>\n"), *(question for question, _ in turns[1:])]
+            assert len(set(questions)) == len(questions) and "<image>" not in "".join(questions)
+            lengths[len(turns)] += 1
+            for question, (_, answer) in zip(questions, turns, strict=True):
+                answers[question, answer] += is_right(scene, question, answer)
+        else:
+            assert len(turns) == 1
+    # Each kind of question may come once or twice, about something else, in any order.
+    assert min(lengths) >= 3 and len(lengths) > 3
+    assert all(answers.values()) and sum(answers.values()) > 200
+
+
+def is_right(scene, question, answer):
+    """Of what can be told without a look at how questions are made."""
+    if question == world.DESCRIBE:
+        return answer == world.describe(scene)
+    if question == world.COUNT:
+        return answer == world.NUMBERS[len(scene.things)]
+    names = {f"{color} {shape}" for color, shape in scene.contents}
+    if question.startswith("Is there "):
+        return answer == ("yes" if any(question.endswith(f"{name}?") for name in names) else "no")
+    if question.startswith("What color"):
+        return any(name.split()[0] == answer and question.endswith(f"{name.split()[1]}?") for name in names)
+    return answer == "nothing" or any(answer.endswith(name) for name in names)
+
+
+def test_regions_are_where_things_are():
+    for row in islice(data.pictures("train"), 40):
+        (scene,), (canvas, *things) = row["image"], row["regions"]
+        assert canvas == {"text": f"a {scene.background} background", "box": [0, 0, 1, 1]}
+        assert Counter(tuple(region["text"].split()[2:]) for region in things) == scene.contents
+        pixels = np.array(world.render(scene), dtype=int)
+        drawn = abs(pixels - world.BACKGROUNDS[scene.background]).max(-1) > 60
+        for region in things:
+            left, top, right, bottom = (round(world.CANVAS * share) for share in region["box"])
+            rows, columns = drawn[top:bottom, left:right].nonzero()
+            reach = (rows.min(), columns.min(), bottom - top - 1 - rows.max(), right - left - 1 - columns.max())
+            assert max(reach) <= 3  # it fills its box, up to a triangle's tip
+            inside = pixels[(top + bottom) // 2 + 2, (left + right) // 2]
+            assert abs(inside - world.COLORS[region["text"].split()[2]]).max() < 10
+            assert region["text"].split()[1] == (
+                "small" if right - left < 24 else "large" if right - left > 30 else "middle"
+            )
+            drawn[top:bottom, left:right] = False
+        assert drawn.sum() <= 8  # nothing lies outside of the boxes, but for their edges between pixels
 
 
 def test_splits_and_seeds():

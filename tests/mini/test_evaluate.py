@@ -28,7 +28,7 @@ class Knowing:
         for seed in seeds:  # what diversity is asked about lies further on
             self.wishes |= {prompt: wish for prompt, wish, _ in islice(world.samples(split, seed + 2), 200)}
 
-    def __call__(self, prompts, images, generator):
+    def __call__(self, prompts, images, generator, scale, self_reflect):
         return SimpleNamespace(images=list(map(self.draw, prompts, images, generator)))
 
     def draw(self, prompt, image, generator):
@@ -45,7 +45,7 @@ class Knowing:
             pass
         return world.render(both)
 
-    def generate_text(self, questions, images, max_new_tokens):
+    def generate_text(self, questions, images, scale, max_new_tokens):
         return list(map(self.answer, questions, images))
 
     def answer(self, question, image):
@@ -64,7 +64,7 @@ class Knowing:
         there = [t for t in scene.things if t is not seen and world.holds(relation, t, seen)]
         return world.article(f"{there[0].color} {there[0].shape}") if there else "nothing"
 
-    def reconstruct(self, images, generator):
+    def reconstruct(self, images, scale, generator):
         return images
 
 
@@ -75,7 +75,7 @@ class Blind(Knowing):
     def answer(self, question, image):
         return "a cat"
 
-    def reconstruct(self, images, generator):
+    def reconstruct(self, images, scale, generator):
         return [self.draw(None, image, None) for image in images]
 
 

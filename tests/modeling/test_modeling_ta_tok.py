@@ -447,6 +447,44 @@ def test_each_part_of_the_loss_moves_its_own_weights(part, learns):
     assert {".".join(name.split(".")[: 2 if name.startswith("quantizer") else 1]) for name in moved} == learns
 
 
+def test_frequency_weighting_counts_codes_instead_of_tokens(tmp_path):
+    """At 1, every code of a batch has the same part in every loss, however often it is there."""
+    torch.manual_seed(0)
+    model = TATokModel(tiny_config(entropy_loss_weight=0.1, entropy_loss_temperature=0.1)).train()
+    model.config.frequency_weighting = 1.0
+    output, teacher_features = with_loss(model)
+    codes = output.codes.flatten()
+    counts = codes.bincount()
+    assert len(set(counts[counts > 0].tolist())) > 1
+    z = F.normalize(model.in_proj(output.pre_quantized), dim=-1).flatten(0, 1)
+    codebook = F.normalize(model.quantizer.embedding_proj(model.quantizer.embedding.weight), dim=-1)
+    probabilities = (z @ codebook.T / 0.1).softmax(-1)
+
+    def mean(values):
+        return torch.stack([values[codes == code].mean(0) for code in codes.unique()]).mean(0)
+
+    distance = mean((z - codebook[codes]).square().mean(-1))
+    cosine = mean(F.cosine_similarity(output.features, teacher_features, dim=-1).flatten())
+    entropy = (mean(probabilities) * mean(probabilities).log()).sum() + mean(torch.special.entr(probabilities).sum(-1))
+    for name, expected in zip(LOSSES, (1 - cosine, distance, distance, entropy), strict=True):
+        torch.testing.assert_close(output[name], expected, atol=1e-5, rtol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert TATokModel.from_pretrained(tmp_path).config.frequency_weighting == 1.0
+
+
+def test_without_frequency_weighting_all_tokens_count_alike(tiny):
+    assert tiny.config.frequency_weighting == 0
+    codes = torch.tensor([[3, 3, 3, 7], [3, 9, 9, 0]])
+    assert torch.equal(tiny._token_weights(codes), torch.ones(2, 4))
+    tiny.config.frequency_weighting = 0.5
+    rare = 8 / (4**0.5 + 2**0.5 + 1 + 1)
+    expected = [[rare / 2] * 3 + [rare], [rare / 2, rare / 2**0.5, rare / 2**0.5, rare]]
+    torch.testing.assert_close(tiny._token_weights(codes), torch.tensor(expected))
+    z = vectors(count=20, dim=16)
+    weighted = tiny.quantizer.entropy_loss(z, 0.05, torch.ones(20))
+    assert torch.equal(tiny.quantizer.entropy_loss(z, 0.05), weighted)
+
+
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("options", [{}, {"do_sample": True}])
 @pytest.mark.parametrize("learned", [False, True])

@@ -46,6 +46,26 @@ def llm_recipe(llm_rows, tar_repo, tmp_path):
     return make
 
 
+@pytest.fixture
+def kill():
+    """Gives a function that runs a trainer and kills it in its fifth step."""
+    from tar_hf.training.trainer import run
+
+    def run_and_kill(trainer):
+        compute_loss = trainer.compute_loss
+
+        def die(*args, **kwargs):
+            if trainer.state.global_step == 4:
+                raise KeyboardInterrupt
+            return compute_loss(*args, **kwargs)
+
+        trainer.compute_loss = die
+        with pytest.raises(KeyboardInterrupt):
+            run(trainer)
+
+    return run_and_kill
+
+
 @pytest.fixture(scope="session")
 def plain_llm(golden, tmp_path_factory):
     """The golden language model without its visual tokens, as a tied or an untied one."""

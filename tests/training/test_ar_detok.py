@@ -165,26 +165,12 @@ def test_overfits_a_batch(origin, make, fresh):
 # Runs
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(make):
+def test_a_killed_run_goes_on_as_if_nothing_had_been(make, kill):
     """With every dropout, and scales drawn at random."""
     options = {"save_strategy": "steps", "save_steps": 3, "scale_weights": {3: 1, 2: 1}}
     unbroken = trained(make("unbroken", **options))
     assert {name for log in unbroken.state.log_history[3:6] for name in log} >= {"loss_scale2", "loss_scale3"}
-    broken = ar_detok.build(make("broken", **options))
-
-    class Kill(Exception):
-        pass
-
-    step = broken.training_step
-
-    def training_step(*args, **kwargs):
-        if broken.state.global_step == 4:
-            raise Kill
-        return step(*args, **kwargs)
-
-    broken.training_step = training_step
-    with pytest.raises(Kill):
-        broken.train()
+    kill(ar_detok.build(make("broken", **options)))
     output = ar_detok.train(make("broken", **options))
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
     resumed = [entry["loss"] for entry in log if "loss" in entry]
@@ -226,6 +212,14 @@ def test_activation_checkpointing_changes_nothing(make):
     plain = trained(make("plain", model=STILL, max_steps=3))
     saving = trained(make("saving", model=STILL, max_steps=3, activation_checkpointing=True))
     torch.testing.assert_close(losses(plain), losses(saving), atol=1e-6, rtol=0)
+
+
+def test_another_attention_learns_the_same(make):
+    runs = [
+        trained(make(name, model={**STILL, "attn_implementation": name}, max_steps=2)) for name in ("eager", "sdpa")
+    ]
+    assert [run.model.config._attn_implementation for run in runs] == ["eager", "sdpa"]
+    torch.testing.assert_close(*map(losses, runs), atol=1e-5, rtol=0)
 
 
 def test_bfloat16_steps_are_finite(make):

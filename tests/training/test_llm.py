@@ -60,20 +60,10 @@ def test_overfits_a_batch_and_the_repository_draws_and_tells_it(llm_recipe, llm_
     assert "with the image tokenizer (`ta_tok/`)" in (output / "README.md").read_text()
 
 
-def test_a_killed_run_goes_on_as_an_unbroken_one(llm_recipe, tmp_path):
+def test_a_killed_run_goes_on_as_an_unbroken_one(llm_recipe, kill, tmp_path):
     steps = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     unbroken = trained(llm_recipe("unbroken", **steps))
-    killed = build(llm_recipe("killed", **steps))
-    compute_loss = killed.compute_loss
-
-    def die(*args, **kwargs):
-        if killed.state.global_step == 4:
-            raise KeyboardInterrupt
-        return compute_loss(*args, **kwargs)
-
-    killed.compute_loss = die
-    with pytest.raises(KeyboardInterrupt):
-        run(killed)
+    kill(build(llm_recipe("killed", **steps)))
     train(llm_recipe("killed", **steps))
     for name in ("loss", "loss_text", "loss_image"):
         assert logged(tmp_path / "killed", name) == pytest.approx(logged(unbroken, name), abs=1e-6)

@@ -25,8 +25,10 @@ from transformers import (
 )
 
 from tar_hf import TarPipeline, TATokModel
+from tar_hf.mini import data
 from tar_hf.training import ta_tok
 from tar_hf.training.codebook import representative_rows
+from tar_hf.training.principal import Principal
 from tar_hf.training.recipe import RecipeError, load_recipe
 from tar_hf.training.rows import BadRow, Row
 from tar_hf.training.trainer import run, training_arguments
@@ -157,21 +159,12 @@ def test_overfits_four_pictures(parts, recipe):
     assert 1 - cosine < 0.05
 
 
-def test_a_killed_run_goes_on_as_an_unbroken_one(recipe):
-    drawn = ("model.stochastic=true", "model.temperature=0.3", "model.entropy_loss_weight=0.01")
+def test_a_killed_run_goes_on_as_an_unbroken_one(recipe, kill):
+    drawn = ["model.stochastic=true", "model.temperature=0.3", "model.entropy_loss_weight=0.01"]
+    drawn += ["model.whitening=0.5", "model.principal_directions=4", "model.frequency_weighting=0.5"]
     unbroken = ta_tok.build(recipe("unbroken", *drawn))
     run(unbroken)
-    killed = ta_tok.build(recipe("killed", *drawn))
-    compute_loss = killed.compute_loss
-
-    def die(*args, **kwargs):
-        if killed.state.global_step == 4:
-            raise KeyboardInterrupt
-        return compute_loss(*args, **kwargs)
-
-    killed.compute_loss = die
-    with pytest.raises(KeyboardInterrupt):
-        run(killed)
+    kill(ta_tok.build(recipe("killed", *drawn)))
     resumed = ta_tok.build(recipe("killed", *drawn))
     output = run(resumed)
     assert [log["step"] for log in lines(resumed)] == [1, 2, 3, 4, 5, 6]
@@ -201,6 +194,75 @@ def test_compiled(history):
     options = ("training.max_steps=2", "scale_weights={2: 1}", "training.warmup_steps=0")
     compiled = history(*options, "training.torch_compile=true", "training.torch_compile_backend=eager")
     compare(compiled, history(*options), 1e-5)
+
+
+def test_another_attention_learns_the_same(recipe):
+    runs = []
+    for implementation in ("eager", "sdpa"):
+        trainer = ta_tok.build(recipe(implementation, f"model.attn_implementation={implementation}"))
+        for part in (trainer.model.encoder, trainer.model.decoder):
+            assert part.config._attn_implementation == implementation
+        run(trainer)
+        runs.append(lines(trainer))
+    compare(*runs, 1e-4)
+
+
+def test_weights_of_the_loss_are_the_recipes(recipe, tmp_path):
+    weights = {name: 0.1 * i for i, name in enumerate(ta_tok.LOSS_FIELDS, 1)}
+    model = ta_tok.build(recipe("out", *(f"model.{name}={weight}" for name, weight in weights.items()))).model
+    model.save_pretrained(tmp_path / "saved")
+    config = TATokModel.from_pretrained(tmp_path / "saved").config
+    assert {name: getattr(config, name) for name in weights} == weights
+
+
+# What is measured on the first pictures
+
+
+@pytest.fixture
+def many(tmp_path):
+    """The override of a recipe for 40 pictures of which no two are alike."""
+    data.write_pictures(tmp_path / "many.parquet", "train", 40)
+    return f"data.sources=[{{path: {tmp_path / 'many.parquet'}}}]"
+
+
+@pytest.mark.parametrize("size", [16, 32])
+@torch.no_grad()
+def test_whitened_features_of_the_teacher_are_taught(size, many, recipe):
+    options = [
+        many,
+        "model.whitening=0.7",
+        f"model.sample_size={size}",
+        "training.max_steps=10",
+        "scale_weights={2: 1}",
+    ]
+    trainer = ta_tok.build(recipe("out", *options))
+    pixels = torch.stack([trainer.train_dataset[i]["pixel_values"] for i in range(size)])
+    taught = trainer.teacher(pixels).last_hidden_state
+    whitening = Principal.of(taught.flatten(0, 1)).whitening(0.7)
+    torch.testing.assert_close(trainer.whitening, whitening, atol=1e-4, rtol=1e-4)
+    features = trainer.model(pixels[:4], scale=2).features
+    expected = 1 - torch.cosine_similarity(features, TATokModel.pool(taught[:4] @ whitening, 2), dim=-1).mean()
+    trainer.compute_loss(trainer.model, {"pixel_values": pixels[:4]})
+    assert trainer.metrics()["cosine_loss"] == pytest.approx(expected.item(), abs=1e-5)
+    assert ta_tok.build(recipe("plain", many)).whitening is None
+
+
+@torch.no_grad()
+def test_principal_directions_spread_a_new_bottleneck_over_the_codes(many, recipe):
+    plain = ta_tok.build(recipe("plain", many))
+    spread = ta_tok.build(recipe("spread", many, "model.principal_directions=6"))
+    pixels = torch.stack([plain.train_dataset[i]["pixel_values"] for i in range(24)])
+    before, after = (
+        ta_tok.code_statistics(trainer.model.encode(pixels).flatten().bincount(minlength=48))
+        for trainer in (plain, spread)
+    )
+    assert after["perplexity"] > max(12, 2 * before["perplexity"])
+    changed = {
+        name for name, w in spread.model.state_dict().items() if not torch.equal(w, plain.model.state_dict()[name])
+    }
+    # The encoder's side has no bias before or after.
+    assert changed == {"in_proj.weight", "quantizer.embedding_proj.weight", "quantizer.embedding_proj.bias"}
+    assert spread.whitening is None
 
 
 def test_drawn_codes_come_from_the_seed(history):
@@ -327,6 +389,15 @@ def test_goes_on_with_a_published_ta_tok(ta_tok_repo, tar_repo, recipe, tmp_path
         ("model.l2_normalized=false model.stochastic=true", "it needs l2_normalized"),
         ("model.temperature=0", "model.temperature must be above 0, got 0"),
         ("model.commitment_loss_weight=-1", "must not be below 0, got -1"),
+        ("model.frequency_weighting=-1", "model.frequency_weighting must not be below 0, got -1"),
+        ("model.whitening=1.5", r"model.whitening must be in 0\.\.1, got 1.5"),
+        ("model.principal_directions=-1", "model.principal_directions must not be below 0 .* got -1 and 256"),
+        ("model.sample_size=0", "model.sample_size at least 1, got 0 and 0"),
+        ("model.principal_directions=17", r"model.principal_directions must be in 1\.\.16, got 17"),
+        (
+            "model.llm=null model.init_from=there model.principal_directions=2",
+            "starts a new bottleneck, but init_from brings its own",
+        ),
         ("model.decoder_config.num_layers=3", "model.decoder_config takes .*, got num_layers"),
         ("scale_weights={}", "scale_weights must give"),
         ("scale_weights={0: 1}", "scale_weights must give"),

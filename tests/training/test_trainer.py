@@ -78,21 +78,11 @@ def losses(trainer):
     return {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
 
 
-def test_a_killed_run_goes_on_as_an_unbroken_one(make, tmp_path):
+def test_a_killed_run_goes_on_as_an_unbroken_one(make, kill, tmp_path):
     unbroken = make("unbroken")
     training.run(unbroken)
 
-    killed = make("killed")
-    compute_loss = killed.compute_loss
-
-    def die(*args, **kwargs):
-        if killed.state.global_step == 4:
-            raise KeyboardInterrupt
-        return compute_loss(*args, **kwargs)
-
-    killed.compute_loss = die
-    with pytest.raises(KeyboardInterrupt):
-        training.run(killed)
+    kill(make("killed"))
     # What a kill in the middle of writing leaves: weights, and no state yet.
     shutil.copytree(tmp_path / "killed" / "checkpoint-3", tmp_path / "killed" / "checkpoint-4")
     (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4')
@@ -179,6 +169,16 @@ def test_epochs_become_steps(make):
     assert len(trainer.train_dataset) == 24
     seen = Counter(trainer.train_dataset.locate(i)[1] for i in range(24))
     assert set(seen.values()) == {1}
+
+
+def test_bfloat16_needs_no_gpu(tmp_path):
+    recipe = load_recipe(
+        Recipe, {"output_dir": str(tmp_path), "data": {"sources": [{"path": "rows"}]}, "training": {"bf16": True}}
+    )
+    arguments = training.training_arguments(recipe)
+    assert arguments.bf16 and arguments.use_cpu == (not torch.accelerator.is_available())
+    recipe.training["use_cpu"] = True
+    assert training.training_arguments(recipe).device.type == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,10 @@ def add_parser(commands):
     parser.add_argument("--detokenizer", metavar="REPO", help="folder or Hub id, instead of the model's own")
     parser.add_argument("--count", type=count, default=50, metavar="N", help="prompts of each measure; default 50")
     parser.add_argument("--seed", type=seed, default=0, help="of what is asked and drawn; default 0")
+    parser.add_argument("--scale", type=int, choices=(1, 2, 3), default=1, help="of all codes; default 1")
+    parser.add_argument(
+        "--self-reflect", type=count, metavar="N", help="candidates that the model chooses from; default: none"
+    )
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default test")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="DIR", help="folder to make, for scores.json, scores.md and samples.png"
@@ -58,6 +62,7 @@ def _evaluate(arguments, folder=None):
     pipe = load_model(arguments, "model", "encoder", "decoder", "detokenizer")
     settings = model_settings(arguments)
     options = {"count": arguments.count, "seed": arguments.seed, "split": arguments.split, "name": settings["model"]}
+    options |= {"scale": arguments.scale, "self_reflect": arguments.self_reflect}
     with progress() as report:
         result = evaluate(pipe, callback=report, **options)
     result["settings"] |= settings

@@ -64,7 +64,14 @@ class Sample:
 
 
 def evaluate(
-    pipe, count: int = 50, seed: int = 0, split: str = "test", callback: Callback | None = None, name: str | None = None
+    pipe,
+    count: int = 50,
+    seed: int = 0,
+    split: str = "test",
+    callback: Callback | None = None,
+    name: str | None = None,
+    scale: int = 1,
+    self_reflect: int | None = None,
 ) -> dict:
     """
     Draws, describes, varies, edits and reconstructs.
@@ -83,6 +90,8 @@ def evaluate(
         split (`str`, *optional*, defaults to `"test"`): Of the prompts and scenes.
         callback (*optional*): Called with the measure, what of it is done, and all; `False` interrupts.
         name (`str`, *optional*): What the settings call the system.
+        scale (`int`, *optional*, defaults to `1`): Of the codes of all pictures, read and drawn.
+        self_reflect (`int`, *optional*): Candidates of which the system itself chooses the picture of a prompt.
 
     Returns:
         `dict`: `scores` by measure, in 0..1, `None` where the split has nothing to ask (training holds no `unseen`);
@@ -93,19 +102,20 @@ def evaluate(
         raise ValueError(f"count must be a positive number, got {count}")
     start = time.perf_counter()
     right, samples = {}, []
+    drawing = {"scale": scale, "self_reflect": self_reflect}
     for measure, tasks in _tasks(split, seed, count):
-        drawn = _draw(pipe, measure, tasks, seed, callback)
+        drawn = _draw(pipe, measure, tasks, seed, drawing, callback)
         right[measure] = [sample.right for sample in drawn]
         samples += drawn
         if measure == world.KINDS[-1]:
             right |= _by_novelty(samples)
-    right |= _understanding(pipe, count, seed, split, callback)
+    right |= _understanding(pipe, count, seed, split, scale, callback)
     tasks = [task for task in _open_tasks(split, seed) for _ in range(DIVERSITY_SEEDS)]
-    drawn = _draw(pipe, "diversity", tasks, seed, callback)
+    drawn = _draw(pipe, "diversity", tasks, seed, drawing, callback)
     right |= _diversity(drawn)
     samples += drawn
     scores, errors = _shares(right)
-    settings = {"model": name, "count": count, "seed": seed, "split": split, "tar_hf": __version__}
+    settings = {"model": name, "count": count, "seed": seed, "split": split, **drawing, "tar_hf": __version__}
     settings["seconds"] = round(time.perf_counter() - start, 1)
     return {"scores": scores, "errors": errors, "settings": settings, "samples": samples}
 
@@ -170,7 +180,7 @@ def _has_beside(scene, relation, shape):
     return is_right
 
 
-def _draw(pipe, measure, tasks, seed, callback) -> list[Sample]:
+def _draw(pipe, measure, tasks, seed, drawing, callback) -> list[Sample]:
     samples = []
     for first in range(0, len(tasks), BATCH):
         batch = tasks[first : first + BATCH]
@@ -178,9 +188,9 @@ def _draw(pipe, measure, tasks, seed, callback) -> list[Sample]:
         given = [task.given and world.render(task.given) for task in batch]
         generators = [_generator(seed, first + i) for i in range(len(batch))]
         if prompts[0] is None:
-            pictures = pipe.reconstruct(given, generator=generators)
+            pictures = pipe.reconstruct(given, scale=drawing["scale"], generator=generators)
         else:
-            pictures = pipe(prompts, images=given, generator=generators).images
+            pictures = pipe(prompts, images=given, generator=generators, **drawing).images
         for task, picture in zip(batch, pictures, strict=True):
             shown = scorer.read_scene(picture)
             samples.append(Sample(measure, task, picture, shown, task.is_right(shown)))
@@ -230,14 +240,15 @@ def _open_tasks(split, seed):
 # What is asked
 
 
-def _understanding(pipe, count, seed, split, callback):
+def _understanding(pipe, count, seed, split, scale, callback):
     """For each kind of question whether each answer was right."""
     asked = _questions(count, seed, split)
     right = {f"answers_{kind}": [] for kind in (*QUESTION_KINDS, "position")}
     for first in range(0, len(asked), BATCH):
         batch = asked[first : first + BATCH]
         pictures = [world.render(scene) for scene, _, _, _ in batch]
-        given = pipe.generate_text([question for _, _, question, _ in batch], images=pictures, max_new_tokens=64)
+        prompts = [question for _, _, question, _ in batch]
+        given = pipe.generate_text(prompts, images=pictures, scale=scale, max_new_tokens=64)
         for (_, kind, _, answer), text in zip(batch, given, strict=True):
             right[f"answers_{kind}"].append(text.strip() == answer)
         report(callback, "understanding", first + len(batch), len(asked))

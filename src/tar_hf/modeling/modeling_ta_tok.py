@@ -56,6 +56,9 @@ class TATokConfig(PreTrainedConfig):
         entropy_loss_weight (`float`, *optional*, defaults to `0.0`): Of a term that spreads the tokens of a batch over
             the codes. It keeps a small codebook from collapsing, and costs as much as a few more searches.
         entropy_loss_temperature (`float`, *optional*, defaults to `0.01`): Of the softmax that this term looks at.
+        frequency_weighting (`float`, *optional*, defaults to `0.0`): A token counts in all parts of the loss by how
+            often the batch has its code, to the power of minus this: at 1 all codes of a batch count alike. Where most
+            of every picture is background, the codes otherwise go to its finest differences.
         scales (`list[int]`, *optional*, defaults to `[1, 2, 3]`): Pooling factors that `encode` accepts.
         has_encoder, has_decoder (`bool`, *optional*, default to `True`):
             Half a model: `from_pretrained(path, has_encoder=False)` loads what `decode` needs and no vision tower.
@@ -76,6 +79,7 @@ class TATokConfig(PreTrainedConfig):
     commitment_loss_weight: float | int = 0.25
     entropy_loss_weight: float | int = 0.0
     entropy_loss_temperature: float | int = 0.01
+    frequency_weighting: float | int = 0.0
     scales: list[int] | None = None
     has_encoder: bool = True
     has_decoder: bool = True
@@ -142,7 +146,8 @@ class TATokOutput(ModelOutput):
         codes (`torch.LongTensor` of shape `(B, N)`): The image's codes, 0..K-1.
         pre_quantized (`torch.FloatTensor` of shape `(B, N, C)`): Features after pooling and the encode head.
         features (`torch.FloatTensor` of shape `(B, N, C)`): What `decode(codes)` gives: the input of a de-tokenizer.
-        feature_loss (`torch.FloatTensor`, *optional*): 1 - cosine(features, teacher's features), mean over tokens.
+        feature_loss (`torch.FloatTensor`, *optional*): 1 - cosine(features, teacher's features), mean over tokens,
+            which the configuration may have weighted, as in the other parts.
         codebook_loss (`torch.FloatTensor`, *optional*): Mean squared distance, a code's coordinate from the encoder's,
             which moves the codebook's projection alone.
         commitment_loss (`torch.FloatTensor`, *optional*): The same number, which moves the encoder alone.
@@ -327,7 +332,7 @@ class TATokQuantizer(nn.Module):
         return codes[:, 0]
 
     @torch.compiler.disable
-    def entropy_loss(self, z: torch.Tensor, temperature: float) -> torch.Tensor:
+    def entropy_loss(self, z: torch.Tensor, temperature: float, weights: torch.Tensor | None = None) -> torch.Tensor:
         """
         Mean entropy of the tokens' distributions over the codes, less the entropy of their mean: least when every token
         is sure of its code and the tokens together use all of them (the penalty of MAGVIT-v2, paper 2310.05737).
@@ -335,6 +340,7 @@ class TATokQuantizer(nn.Module):
         Args:
             z (`torch.FloatTensor` of shape `(T, D)`): The encoder's vectors.
             temperature (`float`): Of the softmax over scores.
+            weights (`torch.FloatTensor` of shape `(T,)`, *optional*): Of the tokens, of mean 1.
 
         Returns:
             A scalar in -log K..0, in nats, with gradient to `z` and to the codebook's projection.
@@ -343,13 +349,15 @@ class TATokQuantizer(nn.Module):
             codebook = self.project(self.embedding.weight)
             squared_norms = codebook.square().sum(-1)
 
-            def distribution(rows):
+            def distribution(rows, weights):
                 log_probabilities = (self._scores(rows, codebook, squared_norms) / temperature).log_softmax(-1)
-                probabilities = log_probabilities.exp()
+                probabilities = weights[:, None] * log_probabilities.exp()
                 return probabilities.sum(0), -(probabilities * log_probabilities).sum()
 
+            weights = torch.ones_like(z[:, 0], dtype=torch.float32) if weights is None else weights
+            parts = zip(z.float().split(self.token_chunk), weights.split(self.token_chunk), strict=True)
             # Checkpointed: the backward pass too holds the scores of one chunk of tokens at a time.
-            chunks = [checkpoint(distribution, rows, use_reentrant=False) for rows in z.float().split(self.token_chunk)]
+            chunks = [checkpoint(distribution, *part, use_reentrant=False) for part in parts]
             mean, entropy = (sum(parts) / len(z) for parts in zip(*chunks, strict=True))
             # A probability may underflow to 0, where the logarithm has no gradient.
             return entropy + (mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
@@ -559,7 +567,7 @@ class TATokModel(TATokPreTrainedModel):
             passed_on = straight + (vectors - straight).detach()
         features = self._decode_vectors(passed_on)
         return TATokOutput(
-            **({} if teacher_features is None else self._losses(features, teacher_features, vectors, z)),
+            **({} if teacher_features is None else self._losses(features, teacher_features, codes, vectors, z)),
             codes=codes,
             pre_quantized=pre_quantized,
             features=features,
@@ -567,25 +575,36 @@ class TATokModel(TATokPreTrainedModel):
             attentions=encoder_outputs.attentions,
         )
 
-    def _losses(self, features, teacher_features, vectors, z):
-        """Features and the teacher's (B, N, C), code vectors and the encoder's (B, N, D) -> the loss and its parts."""
+    def _losses(self, features, teacher_features, codes, vectors, z):
+        """Features and the teacher's (B, N, C), codes (B, N), their vectors and the encoder's (B, N, D) -> the loss and
+        its parts."""
         if teacher_features.shape != features.shape:
             raise ValueError(
                 f"teacher_features must have the shape of the features, {tuple(features.shape)}, got "
                 f"{tuple(teacher_features.shape)}: pool(hidden_states, scale) brings them to a scale"
             )
         config, vectors = self.config, vectors.float()
+        weights = self._token_weights(codes)
+        cosines = F.cosine_similarity(features.float(), teacher_features.float(), dim=-1)
         losses = {
-            "feature_loss": 1 - F.cosine_similarity(features.float(), teacher_features.float(), dim=-1).mean(),
-            "codebook_loss": F.mse_loss(vectors, z.detach()),
-            "commitment_loss": F.mse_loss(z, vectors.detach()),
+            "feature_loss": 1 - (weights * cosines).mean(),
+            "codebook_loss": (weights * (vectors - z.detach()).square().mean(-1)).mean(),
+            "commitment_loss": (weights * (z - vectors.detach()).square().mean(-1)).mean(),
         }
         loss = losses["feature_loss"] + config.codebook_loss_weight * losses["codebook_loss"]
         loss = loss + config.commitment_loss_weight * losses["commitment_loss"]
         if config.entropy_loss_weight:
-            losses["entropy_loss"] = self.quantizer.entropy_loss(z.flatten(0, 1), config.entropy_loss_temperature)
+            losses["entropy_loss"] = self.quantizer.entropy_loss(
+                z.flatten(0, 1), config.entropy_loss_temperature, weights.flatten()
+            )
             loss = loss + config.entropy_loss_weight * losses["entropy_loss"]
         return {"loss": loss, **losses}
+
+    def _token_weights(self, codes):
+        """Codes (B, N) -> weights (B, N) of mean 1."""
+        counts = torch.bincount(codes.flatten(), minlength=self.config.codebook_size)
+        weights = counts[codes].float() ** -self.config.frequency_weighting
+        return weights / weights.mean()
 
     def _require(self, half):
         if not hasattr(self, half):

@@ -22,7 +22,7 @@ from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
 from tar_hf.modeling.modeling_ar_detok import ARDeTokConfig, ARDeTokForCausalLM, nearest_vq_tokens
 from tar_hf.modeling.modeling_ta_tok import TATokConfig, TATokModel
 from tar_hf.training.models import check_kind, check_made_with, check_scale_weights, check_scales
-from tar_hf.training.positions import METHODS, grid_side, grow
+from tar_hf.training.positions import METHODS, STARTS, grid_side, grow, start_on_grid
 from tar_hf.training.recipe import Recipe, RecipeError
 from tar_hf.training.rows import (
     CODES,
@@ -64,6 +64,9 @@ class ARDeTokModelRecipe:
         embedding_dropout (`float`, *optional*, defaults to `0.1`):
             On the embedded condition and tokens (`token_dropout_p` of the original).
         residual_dropout, mlp_dropout (`float`, *optional*, defaults to `0.1`): On the attention's and the MLP's output.
+        position_start (`str`, *optional*, defaults to `"normal"`):
+            What the positions of a fresh model start as: normal numbers, as in the original, or `grid`, places in the
+            picture, see `start_on_grid`.
         attn_implementation (`str`, *optional*): `eager`, `sdpa`, `flash_attention_2`; by default the library's choice.
     """
 
@@ -78,6 +81,7 @@ class ARDeTokModelRecipe:
     embedding_dropout: float | int = 0.1
     residual_dropout: float | int = 0.1
     mlp_dropout: float | int = 0.1
+    position_start: str = "normal"
     attn_implementation: str | None = None
 
     def __post_init__(self):
@@ -100,6 +104,11 @@ class ARDeTokModelRecipe:
         if self.position_growth not in METHODS:
             raise RecipeError(
                 f"model.position_growth must be one of {', '.join(METHODS)}, got {self.position_growth!r}"
+            )
+        if self.position_start not in STARTS or self.position_start != "normal" and not fresh:
+            raise RecipeError(
+                f"model.position_start must be one of {', '.join(STARTS)}, for a fresh model, got "
+                f"{self.position_start!r}"
             )
         for name, rate in {**self.dropouts, "config.attention_dropout": config.get("attention_dropout", 0)}.items():
             if isinstance(rate, float | int) and not 0 <= rate < 1:
@@ -289,6 +298,10 @@ def open_model(recipe: ARDeTokModelRecipe, ta_tok: TATokConfig) -> ARDeTokForCau
     model = ARDeTokForCausalLM(config)
     model.vqvae.load_state_dict(vqvae.state_dict())
     nn.init.zeros_(model.lm_head.weight)
+    if recipe.position_start == "grid":
+        if config.fixed_positions:
+            raise RecipeError("model.position_start is for trained positions, but config.fixed_positions is set")
+        start_on_grid(model)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Growing AR-DTok's position table: larger images from the weights of a smaller grid.
+"""AR-DTok's position table: a start for a fresh one, and larger images from the weights of a smaller grid.
 
 One table of absolute positions serves the condition and the image tokens. Behind a condition of full length N, row
 N + j belongs to image token j, in reading order of the grid; the last token is never fed back, so it has no row. Behind
@@ -18,6 +18,7 @@ Fixed positions are a formula: they are computed for the new length, which leave
 """
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from tar_hf.modeling.modeling_ar_detok import ARDeTokForCausalLM, ARDeTokPositionEmbedding
 
 METHODS = ("interpolate", "extend")
+STARTS = ("normal", "grid")
 
 
 def grow_positions(
@@ -112,3 +114,28 @@ def grid_side(vq_config, image_size: int) -> int:
     if image_size <= 0 or image_size % patch:
         raise ValueError(f"image_size must be a positive multiple of {patch}, got {image_size}")
     return image_size // patch
+
+
+@torch.no_grad()
+def start_on_grid(model: ARDeTokForCausalLM):
+    """
+    Starts a fresh model's positions so that places of the picture are near each other where they look alike.
+
+    Each row gets sines and cosines of the place, across and down, that it is about: that of the condition token, or of
+    the image token that is drawn next. Then attention to where the drawing is takes one rule to learn instead of one
+    for each row. Holds behind conditions of full length; as large as the normal numbers that the rows had.
+    """
+    config, table = model.config, model.model.position_embedding.weight
+    places = torch.cat([_places(math.isqrt(config.max_condition_tokens)), _places(config.vq_config.num_patches)[1:]])
+    waves = table.shape[1] // 4
+    # From a quarter of a wave over the picture to one every other token.
+    lengths = torch.logspace(math.log2(0.25), math.log2(config.vq_config.num_patches / 2), waves, base=2)
+    angles = 2 * math.pi * places[:, :, None] * lengths  # (rows, 2, waves)
+    rows = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1) * math.sqrt(2) * config.initializer_range
+    table[:, : rows.shape[1]] = rows.to(table)
+
+
+def _places(side):
+    """The middles of a grid's cells (side * side, 2), in reading order, as shares of the picture."""
+    middles = (torch.arange(side) + 0.5) / side
+    return torch.stack(torch.meshgrid(middles, middles, indexing="ij"), dim=-1).flatten(0, 1)

@@ -4,6 +4,9 @@ A teacher's features vary mostly along few directions, and a cosine is content w
 of a small model's features to a few codes. Neither matters at the published size, where both were trained for long;
 both keep a small tokenizer from ever using its codebook.
 
+The directions are those of the features as they are, not of their distance from their mean: what is near the mean, such
+as a grey background, would have no direction left but noise.
+
 Shapes: T features, C their width; K codes of D coordinates.
 """
 
@@ -18,32 +21,28 @@ from tar_hf.modeling.modeling_ta_tok import TATokModel
 class Principal:
     """
     Args:
-        mean (`torch.FloatTensor` of shape `(C,)`): Of the features.
-        directions (`torch.FloatTensor` of shape `(C, C)`): Columns, the one of the largest variance first.
-        variances (`torch.FloatTensor` of shape `(C,)`): Along them.
+        directions (`torch.FloatTensor` of shape `(C, C)`): Columns, the one of the largest mean square first.
+        squares (`torch.FloatTensor` of shape `(C,)`): The features' mean squares along them.
     """
 
-    mean: torch.Tensor
     directions: torch.Tensor
-    variances: torch.Tensor
+    squares: torch.Tensor
 
     @classmethod
     def of(cls, features: torch.Tensor) -> "Principal":
         """Of features (T, C), computed in float64."""
         features = features.double()
-        mean = features.mean(0)
-        variances, directions = torch.linalg.eigh((features - mean).mT @ (features - mean) / len(features))
+        squares, directions = torch.linalg.eigh(features.mT @ features / len(features))
         # A direction's sign is arbitrary: fixed, so that every machine starts alike.
         directions = directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
-        return cls(mean.float(), directions.flip(-1).float(), variances.clamp(min=0).flip(-1).float())
+        return cls(directions.flip(-1).float(), squares.clamp(min=0).flip(-1).float())
 
     def whitening(self, strength: float) -> torch.Tensor:
         """
-        (C, C), from centred features to principal coordinates, each divided by its deviation to the power `strength`: 0
-        only turns them, 1 gives all one variance. Less than 1 % of the mean variance counts as that.
+        (C, C), from features to principal coordinates, each divided by its root mean square to the power `strength`: 0
+        only turns them, 1 makes all alike. What is below 1 % of the average square counts as that.
         """
-        floor = self.variances.mean() / 100
-        return self.directions / self.variances.clamp(min=floor).sqrt() ** strength
+        return self.directions / self.squares.clamp(min=self.squares.mean() / 100).sqrt() ** strength
 
 
 @torch.no_grad()
@@ -51,28 +50,33 @@ def spread_over_codes(model: TATokModel, pre_quantized: torch.Tensor, directions
     """
     Sets the bottleneck of a fresh TA-Tok so that its features fall on many codes from the first step on.
 
-    The features' and the codebook's principal coordinates, each of variance 1, are brought into one space of few
-    dimensions, where nearest codes are near.
+    Few of the features' principal coordinates, whitened, become the space of the codes, where nearest codes are near,
+    and the codebook gets their mean and covariance there.
 
     Args:
         model (`TATokModel`): Whose `in_proj` and `quantizer.embedding_proj` are set.
         pre_quantized (`torch.FloatTensor` of shape `(T, C)`): A sample of what the model gives before the bottleneck.
-        directions (`int`): Dimensions of that space, at most D and C.
+        directions (`int`): Dimensions of that space, at most C, D and K - 1.
         seed (`int`, *optional*, defaults to `0`): Draws how the codebook lies in it.
     """
-    embeddings = model.quantizer.embedding.weight.float()
-    if not 1 <= directions <= min(pre_quantized.shape[-1], *embeddings.shape):
-        raise ValueError(
-            f"principal_directions must be in 1..{min(pre_quantized.shape[-1], *embeddings.shape)}, got {directions}"
-        )
+    embeddings = model.quantizer.embedding.weight.double()
+    limit = min(pre_quantized.shape[-1], embeddings.shape[1], embeddings.shape[0] - 1)
+    if not 1 <= directions <= limit:
+        raise ValueError(f"principal_directions must be in 1..{limit}, got {directions}")
     generator = torch.Generator().manual_seed(seed)
-    dim = embeddings.shape[1]
-    space, turned = (torch.linalg.qr(torch.randn(dim, directions, generator=generator))[0] for _ in range(2))
-    space, turned = space.to(embeddings.device), turned.to(embeddings.device)
-    features, codes = Principal.of(pre_quantized), Principal.of(embeddings)
-    for linear, principal, turn in (
-        (model.in_proj, features, features.whitening(1)[:, :directions]),
-        (model.quantizer.embedding_proj, codes, codes.whitening(1) @ turned),
-    ):
-        linear.weight.copy_(space @ turn.mT)
-        linear.bias.copy_(-(linear.weight.float() @ principal.mean))
+    draws = torch.randn(2, embeddings.shape[1], directions, generator=generator, dtype=torch.float64)
+    space, turn = torch.linalg.qr(draws)[0].to(embeddings.device)  # orthonormal columns, (D, directions) each
+
+    whitening = Principal.of(pre_quantized).whitening(1)[:, :directions].double()
+    coordinates = pre_quantized.double() @ whitening
+    _set(model.in_proj, space @ whitening.mT, torch.zeros_like(space[:, 0]))
+
+    mean = embeddings.mean(0)
+    spread = Principal.of(embeddings - mean).whitening(1).double() @ turn  # embeddings -> uncorrelated coordinates
+    spread = spread @ torch.linalg.cholesky(coordinates.mT.cov() + 1e-6 * torch.eye(directions).to(spread)).mT
+    _set(model.quantizer.embedding_proj, space @ spread.mT, space @ (coordinates.mean(0) - mean @ spread))
+
+
+def _set(linear, weight, bias):
+    linear.weight.copy_(weight)
+    linear.bias.copy_(bias)

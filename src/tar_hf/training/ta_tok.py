@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
@@ -41,6 +42,14 @@ from tar_hf.training.trainer import TarTrainer, open_data, run, training_argumen
 
 CODEBOOK_FILE = "codebook_rows.json"
 
+# Of TATokConfig: what the recipe says about the loss.
+LOSS_FIELDS = (
+    "codebook_loss_weight",
+    "commitment_loss_weight",
+    "entropy_loss_weight",
+    "entropy_loss_temperature",
+    "frequency_weighting",
+)
 # Of Siglip2VisionConfig: those that neither the teacher, the language model nor `decoder_layers` decides on.
 DECODER_FIELDS = (
     "intermediate_size",
@@ -77,12 +86,14 @@ class TATokModelRecipe:
         stochastic (`bool`, *optional*, defaults to `False`): In training, draw codes from softmax(cosine / temperature)
             instead of taking the nearest.
         temperature (`float`, *optional*, defaults to `0.03`): Of these draws; kept in the checkpoint.
-        codebook_loss_weight, commitment_loss_weight, entropy_loss_weight, entropy_loss_temperature: See `TATokConfig`.
+        codebook_loss_weight, commitment_loss_weight, entropy_loss_weight, entropy_loss_temperature,
+            frequency_weighting: See `TATokConfig`.
         whitening (`float`, *optional*, defaults to `0.0`): Evens out the variances of the teacher's features before
             they are taught, by this power of their deviation: at 1 every principal direction counts alike.
         principal_directions (`int`, *optional*, defaults to `0`): Starts a new bottleneck so that the features' largest
             principal directions, this many, spread over the codes, see `spread_over_codes`.
-        sample_size (`int`, *optional*, defaults to `256`): How many of the first pictures these two are measured on.
+        sample_size (`int`, *optional*, defaults to `256`): How many of the first pictures these two are measured on, in
+            batches of 16.
         attn_implementation (`str`, *optional*): `eager`, `sdpa`, `flash_attention_2`; by default the library's choice.
     """
 
@@ -102,6 +113,7 @@ class TATokModelRecipe:
     commitment_loss_weight: float | int = 0.25
     entropy_loss_weight: float | int = 0.0
     entropy_loss_temperature: float | int = 0.01
+    frequency_weighting: float | int = 0.0
     whitening: float | int = 0.0
     principal_directions: int = 0
     sample_size: int = 256
@@ -125,7 +137,7 @@ class TATokModelRecipe:
         for name in ("temperature", "entropy_loss_temperature"):
             if getattr(self, name) <= 0:
                 raise RecipeError(f"model.{name} must be above 0, got {getattr(self, name)}")
-        for name in ("codebook_loss_weight", "commitment_loss_weight", "entropy_loss_weight"):
+        for name in ("codebook_loss_weight", "commitment_loss_weight", "entropy_loss_weight", "frequency_weighting"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"model.{name} must not be below 0, got {getattr(self, name)}")
         if not 0 <= self.whitening <= 1:
@@ -324,10 +336,10 @@ class TATokTrainer(TarTrainer):
     ):
         super().__init__(*args, recipe=recipe, **kwargs)
         self.teacher = teacher.to(self.args.device)
-        self.mean = self.whitening = None
+        self.whitening = None
         if principal is not None:
-            self.mean = principal.mean.to(self.args.device)
-            self.whitening = principal.whitening(recipe.model.whitening).to(self.args.device)
+            # The first process's: of a stream, each has measured other pictures.
+            self.whitening = broadcast(principal.whitening(recipe.model.whitening).to(self.args.device))
         self.codebook = codebook
         self.metric_names = ["cosine_loss", "codebook_loss", "commitment_loss", "entropy_loss"]
         self.metric_names += [f"cosine_loss_scale{scale}" for scale in recipe.scale_weights]
@@ -339,7 +351,7 @@ class TATokTrainer(TarTrainer):
         with torch.no_grad(), self.accelerator.autocast():
             teacher_features = TATokModel.pool(self.teacher(pixel_values).last_hidden_state, scale)
         if self.whitening is not None:
-            teacher_features = (teacher_features.float() - self.mean) @ self.whitening
+            teacher_features = teacher_features.float() @ self.whitening
         sampling = {}
         if self.recipe.model.stochastic and self.model.training:
             generators = self.row_generators(len(pixel_values))
@@ -468,7 +480,7 @@ def _configure(model, recipe):
     config.scales = sorted({*config.scales, *recipe.scale_weights} if options.init_from else recipe.scale_weights)
     if not config.learned_temperature:
         config.stochastic_temperature = options.temperature
-    for name in ("codebook_loss_weight", "commitment_loss_weight", "entropy_loss_weight", "entropy_loss_temperature"):
+    for name in LOSS_FIELDS:
         setattr(config, name, getattr(options, name))
     if not options.train_encoder:
         model.encoder.requires_grad_(False)

@@ -129,7 +129,9 @@ class Teacher(SiglipModel):
         inside = patch_regions >= 0
         texts = F.normalize(self.text_model(input_ids=captions).pooler_output.float(), dim=-1)
         patches = F.normalize(self.region_head(features[inside]).float(), dim=-1)
-        return F.cross_entropy(self.region_scale.exp() * patches @ texts.mT, which[patch_regions[inside]])
+        scores = self.region_scale.exp() * patches @ texts.mT
+        # The mean of no patches, where all boxes lie between their middles, would be no number.
+        return F.cross_entropy(scores, which[patch_regions[inside]], reduction="sum") / inside.sum().clamp(min=1)
 
 
 @dataclass

@@ -44,6 +44,8 @@ class VQModelRecipe:
         continuous_steps (`int`, *optional*, defaults to `0`): For how many steps latents pass as they are. The codebook
             then starts from the clusters of a batch instead of from random vectors, which most of the latents are far
             from.
+        crop_size (`int`, *optional*): Trains on random squares of this side, in pixels of pictures at their own size.
+            By default on whole pictures, resized to what `num_patches` says.
     """
 
     config: dict = dataclasses.field(default_factory=dict)
@@ -53,6 +55,7 @@ class VQModelRecipe:
     entropy_loss_weight: float | int = 0.0
     entropy_loss_temperature: float | int = 0.05
     continuous_steps: int = 0
+    crop_size: int | None = None
 
     def __post_init__(self):
         if self.init_from is not None and self.config:
@@ -159,15 +162,28 @@ def cluster_directions(vectors: torch.FloatTensor, count: int, iterations: int =
 
 
 class SquareTransform:
-    """One picture of a row, drawn where there are several -> `pixels` (3, H, H) in 0..1."""
+    """
+    One picture of a row, drawn where there are several -> `pixels` (3, H, H) in 0..1.
 
-    def __init__(self, size: int):
+    Args:
+        size (`int`): H.
+        crop (`bool`, *optional*, defaults to `False`): A random square of that side, instead of all of it resized.
+    """
+
+    def __init__(self, size: int, crop: bool = False):
         self.size = size
+        self.crop = crop
 
     def __call__(self, row: Row, draw: random.Random) -> dict[str, torch.Tensor]:
         if not row.images:
             raise BadRow("the row has tokens but no picture")
-        return {"pixels": square_pixels(open_image(row.images[draw.randrange(len(row.images))]), self.size)}
+        image = open_image(row.images[draw.randrange(len(row.images))])
+        if self.crop:
+            if min(image.size) < self.size:
+                raise BadRow(f"a picture of {image.width} x {image.height} is too small for crops of {self.size}")
+            left, top = draw.randint(0, image.width - self.size), draw.randint(0, image.height - self.size)
+            image = image.crop((left, top, left + self.size, top + self.size))
+        return {"pixels": square_pixels(image, self.size)}
 
 
 class VQTrainer(TarTrainer):
@@ -196,10 +212,10 @@ class VQTrainer(TarTrainer):
         return (output.loss, output) if return_outputs else output.loss
 
     def _start_codebook(self, pixels):
-        """All processes take the first one's clusters."""
+        """From what all processes see, as one process does. They round alike only by taking the first one's."""
         with torch.no_grad(), self.compute_loss_context_manager():
             latents = self.model.latents(pixels).flatten(0, 1)
-        self.model.start_codebook(latents)
+        self.model.start_codebook(self.accelerator.gather(latents))
         broadcast(self.model.quantize.embedding.weight.data)
         self._codebook_started = True
 
@@ -220,8 +236,20 @@ def build(recipe: VQRecipe) -> VQTrainer:
         for module in model.modules():
             if isinstance(module, nn.Conv2d):  # as in the original: from the library's small weights nothing is learnt
                 module.reset_parameters()
-    size = model.config.num_patches * 2 ** (len(model.config.channel_multiplier) - 1)
-    data, held_out = open_data(recipe.data, arguments, SquareTransform(size), reader=read_images)
+    factor = 2 ** (len(model.config.channel_multiplier) - 1)
+    size = model.config.num_patches * factor
+    if (crop_size := recipe.model.crop_size) is not None:
+        if crop_size < factor or crop_size % factor:
+            raise RecipeError(f"model.crop_size must be a multiple of {factor}, got {crop_size}")
+        size = crop_size
+    tokens = arguments.train_batch_size * arguments.world_size * (size // factor) ** 2
+    if recipe.model.continuous_steps and tokens < model.config.num_embeddings:
+        raise RecipeError(
+            f"model.continuous_steps: the clusters of a batch become {model.config.num_embeddings} codes, but it has "
+            f"{tokens} tokens: raise training.per_device_train_batch_size"
+        )
+    transform = SquareTransform(size, crop=crop_size is not None)
+    data, held_out = open_data(recipe.data, arguments, transform, reader=read_images)
     return VQTrainer(
         model=model,
         args=arguments,
