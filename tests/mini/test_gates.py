@@ -11,7 +11,7 @@ import torch
 
 from tar_hf.mini import data, gates, world
 from tar_hf.mini.gates import NOTHING, MiniRecipe, cell_classes, fit_ridge, needs, reached
-from tar_hf.mini.train import RECIPES, STAGES
+from tar_hf.mini.train import RECIPES, ALL_STAGES
 from tar_hf.mini.world import Scene, Thing
 from tar_hf.training.recipe import RecipeError, load_recipe
 
@@ -25,7 +25,7 @@ def recipe():
 
 @pytest.mark.parametrize("file", [RECIPES / "mini.yaml", SMOKE], ids=["full", "smoke"])
 def test_every_stage_has_a_gate_and_a_probe(file):
-    assert load_recipe(MiniRecipe, file).gates.keys() == STAGES.keys() == gates.PROBES.keys()
+    assert load_recipe(MiniRecipe, file).gates.keys() == ALL_STAGES.keys() == gates.PROBES.keys()
 
 
 @pytest.mark.parametrize(

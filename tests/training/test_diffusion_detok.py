@@ -1,5 +1,6 @@
 """The diffusion de-tokenizer's stage, on the golden SANA of two layers that draws 32 x 32 pixels."""
 
+import json
 import math
 import random
 import shutil
@@ -331,6 +332,86 @@ def test_nothing_can_be_given_by_a_base_without_a_negative_condition(make, text_
         stage.build(make(*options))
 
 
+# A new SANA
+
+
+NEW = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_cross_attention_heads": 2,
+    "cross_attention_head_dim": 8,
+    "num_layers": 1,
+    "interpolation_scale": 1,
+}
+
+
+@pytest.fixture
+def make_new(make, diffusion_detok_repo):
+    """As `make`, for a new SANA with the golden VAE."""
+    new = {
+        "base": None,
+        "config": NEW,
+        "vae": str(diffusion_detok_repo() / "vae"),
+        "image_size": 32,
+        "trainable": "all",
+    }
+    new = [f"model.{key}={json.dumps(value)}" for key, value in new.items()]
+    return lambda *overrides, **options: make(*new, *overrides, **options)
+
+
+def test_a_new_sana_learns_and_draws(make_new, kill, tmp_path):
+    unbroken = run(make_new(output="unbroken"))
+    kill(stage.build(make_new()))
+    resumed = run(make_new())
+    assert losses(resumed) == pytest.approx(losses(unbroken), abs=1e-6) and len(losses(unbroken)) == 6
+    pipe = TarDiffusionDeTokPipeline.from_pretrained(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    config = pipe.transformer.config
+    assert (config.in_channels, config.out_channels, config.sample_size, config.caption_channels) == (4, 4, 16, WIDTH)
+    assert pipe.negative_condition().shape == (729, WIDTH)
+    features = torch.randn(1, 81, WIDTH, generator=seeded())
+    assert pipe(features=features, num_inference_steps=2, output_type="pt").images.shape == (1, 3, 32, 32)
+    start = stage.build(make_new(output="other")).model.transformer.state_dict()
+    changed = [name for name, weight in pipe.transformer.state_dict().items() if not weight.equal(start[name])]
+    assert len(changed) > 0.9 * len(start), "all of it is trained"
+
+
+def test_a_new_sana_draws_with_the_published_scheduler(make_new, diffusion_detok_repo):
+    published = TarDiffusionDeTokPipeline.from_pretrained(diffusion_detok_repo()).scheduler
+    trainer = stage.build(make_new())
+    assert type(trainer.noise_scheduler) is type(published) and trainer.flow_shift == 3.0
+    new, old = ({k: v for k, v in s.config.items() if k[0] != "_"} for s in (trainer.noise_scheduler, published))
+    assert {name: (new[name], value) for name, value in old.items() if new[name] != value} == {}
+    trainer = stage.build(make_new("flow_shift=1"))
+    assert trainer.noise_scheduler.config.flow_shift == trainer.flow_shift == 1.0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.base=x", "model needs either base, or config, for a new SANA, got both"),
+        ("model.config=null", "model needs either base, or config, for a new SANA, got neither"),
+        ("model.vae=null", "model.vae goes with model.config"),
+        ("model.vae=no/where", "model.vae no/where cannot be read"),
+        ("model.config.num_layer=1", "model.config.num_layer is no field of SanaTransformer2DModel"),
+        ("model.config.in_channels=4", "model.config.in_channels follows from model.vae, ta_tok and image_size"),
+        ("model.image_size=null", "model.image_size is missing: a new SANA"),
+        ("model.image_size=33", "model.image_size must be a positive multiple of 2, got 33"),
+        ("model.trainable=cross-attention", "model.trainable must be all, got 'cross-attention'"),
+        ("model.new_caption_projection=true", "new_caption_projection is for a base"),
+        ("model.negative=given", "a new SANA has no negative condition to be given"),
+    ],
+)
+def test_a_new_sana_that_cannot_be(make_new, override, message):
+    with pytest.raises(RecipeError, match=message):
+        stage.build(make_new(override))
+
+
+def test_a_new_sana_needs_a_dc_ae(make_new, diffusion_detok_repo):
+    with pytest.raises(RecipeError, match="must hold an AutoencoderDC, got SanaTransformer2DModel"):
+        stage.build(make_new(f"model.vae={diffusion_detok_repo() / 'transformer'}"))
+
+
 # Rows
 
 
@@ -391,20 +472,11 @@ def test_loading_processes_read_rows(make, pictures):
 # Runs
 
 
-def test_a_killed_run_goes_on_and_its_checkpoints_draw(make, tar_repo, tmp_path):
+def test_a_killed_run_goes_on_and_its_checkpoints_draw(make, kill, tar_repo, tmp_path):
     unbroken = run(make(output="unbroken"))
 
     killed = stage.build(make())
-    compute_loss = killed.compute_loss
-
-    def die(*args, **kwargs):
-        if killed.state.global_step == 4:
-            raise KeyboardInterrupt
-        return compute_loss(*args, **kwargs)
-
-    killed.compute_loss = die
-    with pytest.raises(KeyboardInterrupt):
-        stage.run(killed)
+    kill(killed)
     resumed = stage.build(make())
     assert not resumed.model.negative_condition().equal(killed.model.negative_condition())
     stage.run(resumed)

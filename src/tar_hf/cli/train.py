@@ -19,6 +19,7 @@ STAGES = {
     "llm": ("llm", "LLMRecipe"),
     "vq": ("vq", "VQRecipe"),
     "teacher": ("teacher", "TeacherRecipe"),
+    "dc-ae": ("dc_ae", "DCAERecipe"),
 }
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 
@@ -49,8 +50,9 @@ def add_parser(commands):
     mini = parser.add_argument_group("train mini")
     mini.add_argument("--smoke", action="store_true", help="tiny models that learn nothing: all stages in minutes")
     mini.add_argument(
-        "--only", nargs="+", choices=train_mini.STAGES, metavar="STAGE", help=", ".join(train_mini.STAGES)
+        "--only", nargs="+", choices=train_mini.STAGE_NAMES, metavar="STAGE", help=", ".join(train_mini.STAGE_NAMES)
     )
+    mini.add_argument("--diffusion", action="store_true", help="a diffusion de-tokenizer beside the autoregressive one")
     parser.set_defaults(run=run)
 
 
@@ -58,8 +60,8 @@ def run(arguments):
     with _one_line_errors():
         if arguments.stage == "mini":
             train_mini.run(arguments)
-        elif arguments.smoke or arguments.only:
-            raise ValueError("--smoke and --only belong to `tar-hf train mini`: leave them out")
+        elif arguments.smoke or arguments.only or arguments.diffusion:
+            raise ValueError("--smoke and --only belong to `tar-hf train mini`, and --diffusion: leave them out")
         else:
             _train(arguments)
 

@@ -4,14 +4,21 @@ import sys
 from pathlib import Path
 
 from tar_hf.cli.model import hide_loading_bars
-from tar_hf.mini.train import GATES_FILE, STAGES, run_stage, train_mini
+from tar_hf.mini.train import DIFFUSION_RESULT, DIFFUSION_STAGES, GATES_FILE, STAGES, run_stage, train_mini
+
+STAGE_NAMES = (*STAGES, *DIFFUSION_STAGES)
+
+
+def _tell(stages):
+    return ", ".join(f"{name} ({stage.purpose})" for name, stage in stages.items())
+
 
 HELP = (
     "tar-hf train mini OUT trains the whole of tar-mini in its procedurally drawn world, from nothing: "
-    + ", ".join(f"{name} ({stage.purpose})" for name, stage in STAGES.items())
-    + f". Each stage is a process of its own and ends with a measurement, which OUT/{GATES_FILE} keeps with the time "
-    "that it took; one that is too low stops the command. Given again, the command goes on where it was killed, and "
-    "leaves out the stages that are done. OUT gets the recipes; their `training` may be changed there."
+    f"{_tell(STAGES)}; with --diffusion also {_tell(DIFFUSION_STAGES)}, in OUT/{DIFFUSION_RESULT}. Each stage is a "
+    f"process of its own and ends with a measurement, which OUT/{GATES_FILE} keeps with the time that it took; one "
+    "that is too low stops the command. Given again, the command goes on where it was killed, and leaves out the "
+    "stages that are done. OUT gets the recipes; their `training` may be changed there."
 )
 
 
@@ -26,7 +33,7 @@ def run(arguments):
             hide_loading_bars()
         run_stage(output, arguments.only[0], arguments.smoke)
         return
-    folder = train_mini(output, arguments.smoke, arguments.only, _show)
+    folder = train_mini(output, arguments.smoke, arguments.only, _show, arguments.diffusion)
     if folder.is_dir():
         print(f"{folder}: trained, the scores of each stage in {folder.parent / GATES_FILE}")
 

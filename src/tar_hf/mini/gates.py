@@ -33,6 +33,10 @@ MEASURES = {
     "ar-detok": ("reconstruction",),
     "llm": ("generation", "understanding"),
     "assemble": ("megabytes",),
+    # Of `--diffusion`.
+    "dc-ae": ("reconstruction",),
+    "diffusion-detok": ("reconstruction",),
+    "assemble-diffusion": ("megabytes",),
 }
 AT_MOST = ("perplexity", "missing_rows", "megabytes")  # of the others at least so much is needed
 PARTS = ("llm", "ta-tok", "ar-detok")
@@ -165,6 +169,25 @@ def probe_vq(output: Path, recipe: MiniRecipe) -> dict[str, float]:
 
 
 @torch.inference_mode()
+def probe_dc_ae(output: Path, recipe: MiniRecipe) -> dict[str, float]:
+    """Share of scenes that the scorer reads, each thing in its place, from what latents are decoded to."""
+    from diffusers import AutoencoderDC
+
+    from tar_hf.training.dc_ae import DCAERecipe
+    from tar_hf.training.recipe import load_recipe
+    from tar_hf.training.rows import square_pixels
+
+    model = AutoencoderDC.from_pretrained(output / "dc-ae", torch_dtype=torch.float32).eval().to(_device())
+    size = load_recipe(DCAERecipe, output / "dc-ae.yaml").model.image_size or CANVAS
+    right = []
+    for scenes in _batches(scene for scene, _ in held_out(recipe)):
+        pixels = torch.stack([square_pixels(world.render(scene), size) for scene in scenes])
+        latents = model.encode(pixels.to(model.device) * 2 - 1).latent
+        right += _in_place(scenes, model.decode(latents).sample * 0.5 + 0.5)
+    return {"reconstruction": _share(right), "scaling_factor": model.config.scaling_factor}
+
+
+@torch.inference_mode()
 def probe_teacher(output: Path, recipe: MiniRecipe, batch_size: int = 64) -> dict[str, float]:
     """How often a picture finds its own among 64 captions."""
     from transformers import AutoTokenizer, SiglipModel
@@ -236,19 +259,19 @@ def probe_codes(output: Path, recipe: MiniRecipe) -> dict[str, float]:
 @torch.inference_mode()
 def probe_ar_detok(output: Path, recipe: MiniRecipe) -> dict[str, float]:
     """Share of scenes that the scorer reads, each thing in its place, from pictures -> codes -> drawn pictures."""
-    from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
     from tar_hf.modeling.modeling_ar_detok import ARDeTokForCausalLM
-    from tar_hf.modeling.modeling_ta_tok import TATokModel
 
-    ta_tok, model = _load(TATokModel, output / "ta-tok"), _load(ARDeTokForCausalLM, output / "ar-detok")
-    processor = TATokImageProcessor.from_pretrained(output / "ta-tok")
-    right = []
-    for scenes in _batches(scene for scene, _ in held_out(recipe)):
-        codes = ta_tok.encode(_pixels(processor, scenes).to(ta_tok.device), scale=min(ta_tok.config.scales))
-        seeds = (random.Random(f"{recipe.seed}/{len(right) + i}") for i in range(len(scenes)))
-        generators = [torch.Generator().manual_seed(seed.getrandbits(63)) for seed in seeds]
-        right += _in_place(scenes, model.detokenize(ta_tok.decode(codes), generator=generators))
-    return {"reconstruction": _share(right)}
+    return _redrawn(output, recipe, _load(ARDeTokForCausalLM, output / "ar-detok"))
+
+
+@torch.inference_mode()
+def probe_diffusion_detok(output: Path, recipe: MiniRecipe) -> dict[str, float]:
+    """As `probe_ar_detok`, with the pipeline's default settings."""
+    from tar_hf.pipelines.pipeline_tar_diffusion_detok import TarDiffusionDeTokPipeline
+
+    pipe = TarDiffusionDeTokPipeline.from_pretrained(output / "diffusion-detok", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return _redrawn(output, recipe, pipe.to(_device()))
 
 
 def probe_llm(output: Path, recipe: MiniRecipe) -> dict[str, float]:
@@ -269,7 +292,20 @@ def probe_assemble(output: Path, recipe: MiniRecipe) -> dict[str, float]:
     pipe = TarPipeline.from_pretrained(folder)
     for part in ("model", "encoder", "decoder", "detokenizer", "image_processor"):
         getattr(pipe, part)
-    return {"megabytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6}
+    return {"megabytes": _megabytes(folder)}
+
+
+def probe_assemble_diffusion(output: Path, recipe: MiniRecipe) -> dict[str, float]:
+    """Size of the diffusion de-tokenizer's repository, which has to load, to fit the system's TA-Tok, and to draw."""
+    from tar_hf.modeling.modeling_ta_tok import TATokModel
+    from tar_hf.pipelines.pipeline_tar_diffusion_detok import TarDiffusionDeTokPipeline
+
+    folder = output / "tar-mini-diffusion"
+    ta_tok = TATokModel.from_pretrained(output / "ta-tok")
+    pipe = TarDiffusionDeTokPipeline.from_pretrained(folder, ta_tok=ta_tok)
+    pipe.set_progress_bar_config(disable=True)
+    pipe(codes=torch.zeros(ta_tok.config.num_tokens(min(ta_tok.config.scales)), dtype=torch.long)[None])
+    return {"megabytes": _megabytes(folder)}
 
 
 # The linear probe
@@ -361,6 +397,26 @@ def _in_place(scenes, pixels):
     return [scorer.same_places(scene, read) for scene, read in zip(scenes, shown, strict=True)]
 
 
+def _redrawn(output, recipe, detokenizer):
+    """The share of scenes that the scorer reads from pictures -> codes -> features -> what is drawn from them."""
+    from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
+    from tar_hf.modeling.modeling_ta_tok import TATokModel
+
+    ta_tok = _load(TATokModel, output / "ta-tok")
+    processor = TATokImageProcessor.from_pretrained(output / "ta-tok")
+    right = []
+    for scenes in _batches(scene for scene, _ in held_out(recipe)):
+        codes = ta_tok.encode(_pixels(processor, scenes).to(ta_tok.device), scale=min(ta_tok.config.scales))
+        seeds = (random.Random(f"{recipe.seed}/{len(right) + i}") for i in range(len(scenes)))
+        generators = [torch.Generator().manual_seed(seed.getrandbits(63)) for seed in seeds]
+        right += _in_place(scenes, detokenizer.detokenize(ta_tok.decode(codes), generator=generators))
+    return {"reconstruction": _share(right)}
+
+
+def _megabytes(folder):
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+
+
 def _code_statistics(counts):
     from tar_hf.training.ta_tok import code_statistics
 
@@ -381,4 +437,7 @@ PROBES = {
     "ar-detok": probe_ar_detok,
     "llm": probe_llm,
     "assemble": probe_assemble,
+    "dc-ae": probe_dc_ae,
+    "diffusion-detok": probe_diffusion_detok,
+    "assemble-diffusion": probe_assemble_diffusion,
 }

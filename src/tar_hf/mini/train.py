@@ -20,6 +20,7 @@ from pathlib import Path
 RECIPES = Path(__file__).parent / "recipes"
 GATES_FILE = "gates.json"
 RESULT = "tar-mini"  # the folder with the whole system
+DIFFUSION_RESULT = "tar-mini-diffusion"  # that with the other de-tokenizer
 TICK = 30.0  # seconds between notes of the time that a stage has taken, which a killed process leaves behind
 
 Progress = Callable[[str, str, dict], None]
@@ -53,7 +54,11 @@ class Stage:
 
 
 def train_mini(
-    output: str | Path, smoke: bool = False, only: Sequence[str] | None = None, callback: Progress | None = None
+    output: str | Path,
+    smoke: bool = False,
+    only: Sequence[str] | None = None,
+    callback: Progress | None = None,
+    diffusion: bool = False,
 ) -> Path:
     """
     Trains tar-mini. A call that was killed goes on when it is given again; a stage that has passed its gate is left as
@@ -63,9 +68,11 @@ def train_mini(
         output (`str` or `Path`): Folder of the run: recipes, data, one folder for each part, `gates.json` with the
             scores, and in the end `tar-mini`, the repository of the system.
         smoke (`bool`, *optional*, defaults to `False`): Tiny models that learn nothing, to see that all stages run.
-        only (`Sequence[str]`, *optional*): Some stages, of `STAGES`. By default all.
+        only (`Sequence[str]`, *optional*): Some stages, of `STAGES` and `DIFFUSION_STAGES`. By default all of `STAGES`.
         callback (*optional*): Called with the stage, "started", "passed" or "passed before", and what `gates.json` says
             of it.
+        diffusion (`bool`, *optional*, defaults to `False`): Trains a second de-tokenizer too, `DIFFUSION_STAGES`, and
+            puts it into `tar-mini-diffusion`.
 
     Returns:
         `Path`: The folder of the system. It is there when all stages are done.
@@ -75,9 +82,9 @@ def train_mini(
         `StageError`: a stage that failed otherwise, or needs another one first.
         `RecipeError`: a folder that was made with other recipes.
     """
-    output = Path(output).resolve()
-    copy_recipes(output, smoke)
-    for name in _in_order(only):
+    output, names = Path(output).resolve(), _in_order(only, diffusion)
+    copy_recipes(output, smoke, not DIFFUSION_STAGES.keys().isdisjoint(names))
+    for name in names:
         entry = _gates(output).get(name, {})
         if entry.get("passed"):
             _report(callback, name, "passed before", entry)
@@ -99,18 +106,18 @@ def run_stage(output: str | Path, name: str, smoke: bool = False) -> dict:
 
     Returns what `gates.json` says of it; raises as `train_mini` does.
     """
-    output = Path(output).resolve()
-    copy_recipes(output, smoke)
+    output, stage = Path(output).resolve(), ALL_STAGES[name]
+    copy_recipes(output, smoke, name in DIFFUSION_STAGES)
     gates = _gates(output)
     if gates.get(name, {}).get("passed"):
         return gates[name]
-    if missing := [need for need in STAGES[name].needs if not gates.get(need, {}).get("passed")]:
+    if missing := [need for need in stage.needs if not gates.get(need, {}).get("passed")]:
         raise StageError(f"stage {name} needs {', '.join(missing)}, not done yet in {output}: run that first")
 
     recipe = _mini_recipe(output)
     _note(output, name, lambda entry: {"seconds": entry.get("seconds", 0.0)})  # an earlier score says nothing any more
     with _timed(output, name), _working_in(output):
-        STAGES[name].run(recipe)
+        stage.run(recipe)
         from tar_hf.mini.gates import PROBES, needs, reached
 
         scores = PROBES[name](output, recipe)
@@ -126,9 +133,10 @@ def run_stage(output: str | Path, name: str, smoke: bool = False) -> dict:
 # The folder of a run
 
 
-def copy_recipes(output: Path, smoke: bool = False):
+def copy_recipes(output: Path, smoke: bool = False, diffusion: bool = False):
     """
-    Copies the recipes into the folder of a run. Raises a `RecipeError` where it has others already.
+    Copies the recipes into the folder of a run, with or without those of `DIFFUSION_STAGES`. Raises a `RecipeError`
+    where it has others already.
 
     `training` may differ: that is how a stage is made longer.
     """
@@ -136,7 +144,8 @@ def copy_recipes(output: Path, smoke: bool = False):
 
     output.mkdir(parents=True, exist_ok=True)
     source = RECIPES / "smoke" if smoke else RECIPES
-    copies = {file: output / file.name for file in sorted(source.glob("*.yaml"))}
+    files = [*source.glob("*.yaml"), *((source / "diffusion").glob("*.yaml") if diffusion else ())]
+    copies = {file: output / file.name for file in sorted(files)}
     for file, copy in copies.items():
         if copy.exists() and (key := _difference(copy, file)) is not None:
             raise RecipeError(
@@ -174,7 +183,7 @@ def _note(output, name, change: Callable[[dict], dict]) -> dict:
     """Changes what `gates.json` says of a stage."""
     gates = _gates(output)
     gates[name] = change(gates.get(name, {}))
-    gates = {stage: gates[stage] for stage in STAGES if stage in gates}
+    gates = {stage: gates[stage] for stage in ALL_STAGES if stage in gates}
     with _new_file(output / GATES_FILE) as unfinished:
         unfinished.write_text(json.dumps(gates, indent=2) + "\n", encoding="utf-8")
     return gates[name]
@@ -237,15 +246,17 @@ def _start(output, name, smoke) -> int:
         raise
 
 
-def _in_order(only):
-    if unknown := set(only or ()) - STAGES.keys():
-        raise ValueError(f"stages are {', '.join(STAGES)}, got {min(unknown)}")
-    return [name for name in STAGES if only is None or name in only]
+def _in_order(only, diffusion):
+    if unknown := set(only or ()) - ALL_STAGES.keys():
+        raise ValueError(f"stages are {', '.join(ALL_STAGES)}, got {min(unknown)}")
+    if only is None:
+        only = ALL_STAGES if diffusion else STAGES
+    return [name for name in ALL_STAGES if name in only]
 
 
 def _failure(output, name, entry):
     scores = ", ".join(f"{measure} {entry[measure]:.4g}, needed {need}" for measure, need in entry["needed"].items())
-    advice = STAGES[name].advice.format(recipe=output / f"{name}.yaml", output=output)
+    advice = ALL_STAGES[name].advice.format(recipe=output / f"{name}.yaml", output=output)
     return f"stage {name} did not reach what it has to: {scores}. {advice[0].upper()}{advice[1:]}"
 
 
@@ -276,6 +287,12 @@ def _train(name, module, kind, recipe):
 
     module = importlib.import_module(module)
     module.train(load_recipe(getattr(module, kind), f"{name}.yaml", [f"seed={recipe.seed}"]))
+
+
+def _train_vq(recipe):
+    """On crops first: most of what there is to learn, for a quarter of a picture's price."""
+    for name in ("vq-crops", "vq"):
+        _train(name, "tar_hf.training.vq", "VQRecipe", recipe)
 
 
 def _make_codes(recipe):
@@ -318,6 +335,24 @@ def _assemble(recipe):
         assemble(RESULT, *folders)
 
 
+def _assemble_diffusion(recipe):
+    """In bfloat16, and without the run's checkpoints: a de-tokenizer for a system that has all else."""
+    import tempfile
+
+    import torch
+
+    from tar_hf.conversion.publish import IGNORED
+    from tar_hf.pipelines.pipeline_tar_diffusion_detok import TarDiffusionDeTokPipeline
+
+    shutil.rmtree(DIFFUSION_RESULT, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=".") as temporary:
+        folder = Path(temporary) / DIFFUSION_RESULT
+        shutil.copytree("diffusion-detok", folder, ignore=shutil.ignore_patterns(*IGNORED))
+        pipe = TarDiffusionDeTokPipeline.from_pretrained("diffusion-detok", torch_dtype=torch.bfloat16)
+        pipe.save_pretrained(folder)
+        folder.rename(DIFFUSION_RESULT)
+
+
 def _trained(name, purpose, *needs, module=None, kind):
     module = module or f"tar_hf.training.{name.replace('-', '_')}"
     return Stage(purpose, needs, partial(_train, name, module, kind))
@@ -331,7 +366,7 @@ STAGES = {
         "world, scorer or file has changed since it was drawn: remove {output}/*.parquet and give the command again",
     ),
     "language": _trained("language", "a text model", module="tar_hf.mini.language", kind="LanguageRecipe"),
-    "vq": _trained("vq", "the VQ autoencoder", "data", kind="VQRecipe"),
+    "vq": Stage("the VQ autoencoder", ("data",), _train_vq),
     "teacher": _trained("teacher", "a SigLIP", "data", "language", kind="TeacherRecipe"),
     "ta-tok": _trained("ta-tok", "the image tokenizer", "data", "language", "teacher", kind="TATokRecipe"),
     "codes": Stage(
@@ -350,3 +385,18 @@ STAGES = {
         "name more parts under bfloat16 in mini.yaml, or make smaller models, in another folder",
     ),
 }
+
+# What `diffusion` asks for: another de-tokenizer, for the same system.
+DIFFUSION_STAGES = {
+    "dc-ae": _trained("dc-ae", "the autoencoder of the diffusion de-tokenizer", "data", kind="DCAERecipe"),
+    "diffusion-detok": _trained(
+        "diffusion-detok", "the diffusion de-tokenizer", "data", "ta-tok", "dc-ae", kind="DiffusionDeTokRecipe"
+    ),
+    "assemble-diffusion": Stage(
+        "its repository",
+        ("diffusion-detok",),
+        _assemble_diffusion,
+        "make a smaller transformer or autoencoder, in another folder",
+    ),
+}
+ALL_STAGES = STAGES | DIFFUSION_STAGES

@@ -1,8 +1,9 @@
-"""The diffusion de-tokenizer's stage: a pretrained SANA learns to draw from TA-Tok features.
+"""The diffusion de-tokenizer's stage: a SANA learns to draw from TA-Tok features.
 
-Paper 2506.18898, section 3.2: flow matching, where only the cross attention and the projection of the condition are
-trained. The original's training code is not public. Noise levels, velocity and timesteps are those of SANA (paper
-2410.10629), which `TarDiffusionDeTokPipeline` integrates backwards when it draws.
+Paper 2506.18898, section 3.2: flow matching on a pretrained SANA, where only the cross attention and the projection of
+the condition are trained. A new one, trained whole, is for systems of one's own, such as tar-mini. The
+original's training code is not public. Noise levels, velocity and timesteps are those of SANA (paper 2410.10629), which
+`TarDiffusionDeTokPipeline` integrates backwards when it draws.
 
 Shapes: B pictures, N features of width C at the scale of the step (729, 169 or 81), n tokens of the negative condition,
 latents (B, c, h, w).
@@ -12,6 +13,7 @@ On several devices with FSDP, the class to wrap is `SanaTransformerBlock`.
 
 import dataclasses
 import functools
+import inspect
 import math
 import random
 from pathlib import Path
@@ -19,7 +21,7 @@ from pathlib import Path
 import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderDC, DiffusionPipeline, SanaTransformer2DModel
+from diffusers import AutoencoderDC, DiffusionPipeline, DPMSolverMultistepScheduler, SanaTransformer2DModel
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.schedulers import SchedulerMixin
 from diffusers.training_utils import compute_density_for_timestep_sampling
@@ -53,6 +55,9 @@ NEGATIVE = ("learned", "given")
 TIMESTEP_SAMPLING = ("logit_normal", "uniform")
 NEGATIVE_STD = 0.02  # of a negative condition learned from nothing: tokens that start equal would stay equal
 SIGMA_BINS = 4
+FOLLOWING = ("in_channels", "out_channels", "caption_channels", "cross_attention_dim", "sample_size")
+HEADS = ("num_attention_heads", "attention_head_dim")
+FLOW_SHIFT = 3.0  # of the published pipelines' scheduler
 
 
 @strict
@@ -62,8 +67,12 @@ class DiffusionDeTokModelRecipe:
     What is trained, and from what.
 
     Args:
-        base (`str`): Folder or Hub id of a diffusers `SanaPipeline`, whose text encoder is not read, or of a
-            `TarDiffusionDeTokPipeline`.
+        base (`str`, *optional*): Folder or Hub id of a diffusers `SanaPipeline`, whose text encoder is not read, or of
+            a `TarDiffusionDeTokPipeline`.
+        config (`dict`, *optional*): Fields of `SanaTransformer2DModel`, for a new one instead of `base`. Channels,
+            widths of the condition and the size of the latents follow from the other parts. With a new one go
+            `trainable: all` and `image_size`, and it draws with the published pipelines' scheduler.
+        vae (`str`, *optional*): Folder or Hub id of an `AutoencoderDC`, for a new SANA.
         ta_tok (`str`): Folder or Hub id of the TA-Tok that makes the features. Frozen. Its encoder is loaded only when
             a row without codes comes.
         trainable (`str`, *optional*, defaults to `"cross-attention"`): `cross-attention` trains the cross attention of
@@ -79,7 +88,9 @@ class DiffusionDeTokModelRecipe:
             many tokens as TA-Tok's finest scale has, which can only be learned.
     """
 
-    base: str
+    base: str | None = None
+    config: dict | None = None
+    vae: str | None = None
     ta_tok: str
     trainable: str = "cross-attention"
     image_size: int | None = None
@@ -90,6 +101,29 @@ class DiffusionDeTokModelRecipe:
     def __post_init__(self):
         _one_of("model.trainable", self.trainable, TRAINABLE)
         _one_of("model.negative", self.negative, NEGATIVE)
+        if (self.base is None) == (self.config is None):
+            got = "neither" if self.base is None else "both"
+            raise RecipeError(f"model needs either base, or config, for a new SANA, got {got}")
+        if (self.vae is None) != (self.config is None):
+            raise RecipeError(
+                "model.vae goes with model.config, for a new SANA, and a base has its own: give both or none"
+            )
+        if self.config is not None:
+            self._check_new()
+
+    def _check_new(self):
+        known = inspect.signature(SanaTransformer2DModel).parameters
+        for key in self.config:
+            if key not in known:
+                raise RecipeError(f"model.config.{key} is no field of SanaTransformer2DModel")
+            if key in FOLLOWING:
+                raise RecipeError(f"model.config.{key} follows from model.vae, ta_tok and image_size: leave it out")
+        if self.image_size is None:
+            raise RecipeError("model.image_size is missing: a new SANA has to know what it shall draw")
+        if self.trainable != "all":
+            raise RecipeError(f"a new SANA has nothing to keep: model.trainable must be all, got {self.trainable!r}")
+        if self.new_caption_projection:
+            raise RecipeError("model.new_caption_projection is for a base, and a new SANA's fits: leave it out")
 
 
 @strict
@@ -106,7 +140,8 @@ class DiffusionDeTokRecipe(Recipe):
         timestep_sampling (`str`, *optional*, defaults to `"logit_normal"`): How noise levels are drawn before the
             shift: the sigmoid of a normal distribution, or `uniform` in 0..1.
         logit_mean, logit_std (`float`, *optional*, default to `0.0` and `1.0`): Of that normal distribution.
-        flow_shift (`float`, *optional*): s in sigma = s u / (1 + (s - 1) u). By default the scheduler's.
+        flow_shift (`float`, *optional*): s in sigma = s u / (1 + (s - 1) u). By default the scheduler's. A new SANA's
+            scheduler gets it too.
     """
 
     model: DiffusionDeTokModelRecipe
@@ -442,7 +477,10 @@ def build(recipe: DiffusionDeTokRecipe) -> DiffusionDeTokTrainer:
     check_kind("model.ta_tok", recipe.model.ta_tok, "ta_tok")
     ta_tok = TATokConfig.from_pretrained(recipe.model.ta_tok)
     check_scales(recipe.scale_weights, recipe.model.ta_tok, ta_tok)
-    transformer, vae, noise_scheduler = load_base(recipe.model.base)
+    if recipe.model.base is None:
+        transformer, vae, noise_scheduler = make_base(recipe, ta_tok.hidden_size)
+    else:
+        transformer, vae, noise_scheduler = load_base(recipe.model.base)
     _fit_condition(transformer, ta_tok.hidden_size, recipe)
     side = _fit_image_size(transformer, vae, recipe.model.image_size)
     negative_condition = _negative_condition(recipe, ta_tok)
@@ -466,7 +504,7 @@ def build(recipe: DiffusionDeTokRecipe) -> DiffusionDeTokTrainer:
         recipe.data,
         {
             "codebook_weights": (recipe.model.ta_tok, lambda: _quantizer(recipe.model.ta_tok)),
-            "vae_weights": (recipe.model.base, lambda: vae),
+            "vae_weights": (recipe.model.base or recipe.model.vae, lambda: vae),
         },
     )
     return DiffusionDeTokTrainer(
@@ -498,6 +536,33 @@ def load_base(base: str | Path) -> tuple[SanaTransformer2DModel, AutoencoderDC, 
         AutoencoderDC.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32),
         scheduler,
     )
+
+
+def make_base(recipe: DiffusionDeTokRecipe, width: int) -> tuple[SanaTransformer2DModel, AutoencoderDC, SchedulerMixin]:
+    """As `load_base`, a new transformer for conditions of a width, the VAE that the recipe names, a new scheduler."""
+    model = recipe.model
+    try:
+        name = AutoencoderDC.load_config(model.vae).get("_class_name")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model.vae {model.vae} cannot be read: {' '.join(str(error).split())}") from error
+    if name != "AutoencoderDC":
+        raise RecipeError(f"model.vae {model.vae} must hold an AutoencoderDC, got {name}")
+    vae = AutoencoderDC.from_pretrained(model.vae, torch_dtype=torch.float32)
+    channels, factor = vae.config.latent_channels, vae.spatial_compression_ratio
+    heads = {name: inspect.signature(SanaTransformer2DModel).parameters[name].default for name in HEADS} | model.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        transformer = SanaTransformer2DModel(
+            **model.config,
+            in_channels=channels,
+            out_channels=channels,
+            caption_channels=width,
+            cross_attention_dim=heads["num_attention_heads"] * heads["attention_head_dim"],
+            sample_size=max(1, model.image_size // factor),  # `_fit_image_size` says what is wrong with another
+        )
+    shift = FLOW_SHIFT if recipe.flow_shift is None else float(recipe.flow_shift)
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    return transformer, vae, scheduler
 
 
 def _quantizer(ta_tok) -> nn.Module:
@@ -542,8 +607,8 @@ def _negative_condition(recipe, ta_tok) -> NegativeCondition:
     if features is None:
         if recipe.model.negative == "given":
             raise RecipeError(
-                f"{recipe.model.base} has no negative condition to be given: name one as model.negative_condition, or "
-                "choose model.negative=learned"
+                f"{recipe.model.base or 'a new SANA'} has no negative condition to be given: name one as "
+                "model.negative_condition, or choose model.negative=learned"
             )
         generator = torch.Generator().manual_seed(recipe.seed)
         tokens = ta_tok.num_tokens(min(ta_tok.scales))
@@ -561,7 +626,7 @@ def _negative_condition(recipe, ta_tok) -> NegativeCondition:
 def _negative_features(model) -> torch.Tensor | None:
     """The negative condition (n, C) that the recipe names, or the base's own, or `None`."""
     source = model.negative_condition
-    if source is None:
+    if source is None and model.base is not None:
         has_one = (DiffusionPipeline.load_config(model.base).get("negative_condition") or (None,))[0] is not None
         source = model.base if has_one else None
     if source is None:
@@ -606,7 +671,7 @@ def _rebuild(model, tensors):
 
 
 def _write_card(folder, pipeline, recipe):
-    size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    size, base = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor, recipe.model.base
     write_model_card(
         folder,
         title="SANA as a diffusion de-tokenizer for TA-Tok",
@@ -621,7 +686,7 @@ def _write_card(folder, pipeline, recipe):
             "scheduler": type(pipeline.scheduler).__name__,
         },
         pipeline_tag="image-to-image",
-        base_model=None if Path(recipe.model.base).exists() else recipe.model.base,
+        base_model=None if base is None or Path(base).exists() else base,
         tags=("image-detokenizer",),
         library_name="diffusers",
     )
