@@ -11,7 +11,7 @@ import torch
 
 from tar_hf.mini import data, gates, world
 from tar_hf.mini.gates import NOTHING, MiniRecipe, cell_classes, fit_ridge, needs, reached
-from tar_hf.mini.train import RECIPES, ALL_STAGES
+from tar_hf.mini.train import ALL_STAGES, RECIPES
 from tar_hf.mini.world import Scene, Thing
 from tar_hf.training.recipe import RecipeError, load_recipe
 
@@ -67,10 +67,9 @@ def test_pictures_are_read_where_things_stand():
 
 
 def test_left_out_rows_are_counted(recipe, tmp_path):
-    for name, rows in (("pictures", recipe.pictures), ("conversations", recipe.conversations - 3)):
-        (tmp_path / "codes" / name).mkdir(parents=True)
-        table = pa.table({"source_row": list(range(rows))})
-        pq.write_table(table, tmp_path / "codes" / name / "part-00000-of-00001.parquet")
+    (tmp_path / "codes").mkdir()
+    table = pa.table({"source_row": list(range(recipe.conversations - 3))})
+    pq.write_table(table, tmp_path / "codes" / "part-00000-of-00001.parquet")
     assert gates.probe_codes(tmp_path, recipe)["missing_rows"] == 3
 
 

@@ -403,6 +403,8 @@ def test_pictures_where_all_rows_are_said_to_be_pretokenized(make, pictures):
         ({"vqvae": "there"}, "leave model.vqvae out"),
         ({"init_from": None, "config": {"condition_size": 3}}, "model.config may hold .*, got condition_size"),
         ({"position_growth": "copy"}, "one of interpolate, extend, got 'copy'"),
+        ({"position_start": "grid"}, "for a fresh model, got 'grid'"),
+        ({"init_from": None, "config": {}, "position_start": "random"}, "one of normal, grid"),
         ({"mlp_dropout": 1.0}, "model.mlp_dropout must be in 0..1, below 1, got 1.0"),
         ({"init_from": None, "config": {"attention_dropout": 2}}, "model.config.attention_dropout must be in 0..1"),
         ({"init_from": None, "config": {"num_hidden_layers": 0}}, "model.config.num_hidden_layers must be at least 1"),

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tar_hf import ARDeTokConfig, ARDeTokForCausalLM
-from tar_hf.training.positions import grow, grow_positions
+from tar_hf.training.positions import grow, grow_positions, start_on_grid
 
 CONDITION = 9  # tokens of a full-length condition
 
@@ -164,3 +164,14 @@ def test_what_cannot_grow():
         grow_positions(torch.zeros(25, 3), CONDITION, 4, 8)
     with pytest.raises(ValueError, match="one token has no positions to interpolate"):
         grow_positions(torch.zeros(CONDITION, 3), CONDITION, 1, 2)
+
+
+def test_on_the_grid_a_token_looks_most_like_the_condition_where_it_is_drawn():
+    model = tiny(side=6)  # 6 x 6 tokens over 3 x 3 of the condition
+    before = model.model.position_embedding.weight.detach().clone()
+    start_on_grid(model)
+    table = model.model.position_embedding.weight.detach()
+    assert table.shape == before.shape and table.std() == pytest.approx(model.config.initializer_range, rel=0.15)
+    nearest = (F.normalize(table[CONDITION:], dim=-1) @ F.normalize(table[:CONDITION], dim=-1).mT).argmax(-1)
+    drawn = torch.arange(1, 36)  # the row of token j is about token j + 1
+    assert nearest.tolist() == (drawn // 6 // 2 * 3 + drawn % 6 // 2).tolist()

@@ -249,11 +249,8 @@ def probe_ta_tok(output: Path, recipe: MiniRecipe) -> dict[str, float]:
 
 def probe_codes(output: Path, recipe: MiniRecipe) -> dict[str, float]:
     """Rows that pre-tokenisation left out, or that are not there."""
-    found = {}
-    for name in ("pictures", "conversations"):
-        files = (output / "codes" / name).glob("part-*.parquet")
-        found[f"{name}_rows"] = sum(pq.read_metadata(file).num_rows for file in files)
-    return {"missing_rows": recipe.pictures + recipe.conversations - sum(found.values()), **found}
+    rows = sum(pq.read_metadata(file).num_rows for file in (output / "codes").glob("part-*.parquet"))
+    return {"missing_rows": recipe.conversations - rows, "rows": rows}
 
 
 @torch.inference_mode()

@@ -296,19 +296,11 @@ def _train_vq(recipe):
 
 
 def _make_codes(recipe):
-    from tar_hf.modeling.modeling_ta_tok import TATokConfig
-    from tar_hf.training.ar_detok import ARDeTokRecipe, open_model
     from tar_hf.training.pretokenize import pretokenize
-    from tar_hf.training.recipe import SourceRecipe, load_recipe
+    from tar_hf.training.recipe import SourceRecipe
 
-    # `pretokenize` takes the VQ autoencoder of an AR-DTok, so it gets one that is not trained yet.
-    model = open_model(load_recipe(ARDeTokRecipe, "ar-detok.yaml").model, TATokConfig.from_pretrained("ta-tok"))
-    untrained = Path("codes/untrained-ar-detok")
-    shutil.rmtree(untrained, ignore_errors=True)
-    model.save_pretrained(untrained)
     options = {"ta_tok": "ta-tok", "scales": recipe.scales, "batch_size": 32}
-    pretokenize(SourceRecipe("pictures.parquet"), "codes/pictures", ar_detok=untrained, **options)
-    pretokenize(SourceRecipe("conversations.parquet"), "codes/conversations", **options)
+    pretokenize(SourceRecipe("conversations.parquet"), "codes", **options)
 
 
 def _assemble(recipe):
@@ -370,12 +362,12 @@ STAGES = {
     "teacher": _trained("teacher", "a SigLIP", "data", "language", kind="TeacherRecipe"),
     "ta-tok": _trained("ta-tok", "the image tokenizer", "data", "language", "teacher", kind="TATokRecipe"),
     "codes": Stage(
-        "the pictures as codes",
-        ("data", "vq", "ta-tok"),
+        "the conversations' pictures as codes",
+        ("data", "ta-tok"),
         _make_codes,
-        "{output}/codes/*/part-*.bad.jsonl says why rows were left out",
+        "{output}/codes/part-*.bad.jsonl says why rows were left out",
     ),
-    "ar-detok": _trained("ar-detok", "the de-tokenizer", "vq", "ta-tok", "codes", kind="ARDeTokRecipe"),
+    "ar-detok": _trained("ar-detok", "the de-tokenizer", "data", "vq", "ta-tok", kind="ARDeTokRecipe"),
     # Its gate draws.
     "llm": _trained("llm", "the language model", "language", "ta-tok", "codes", "ar-detok", kind="LLMRecipe"),
     "assemble": Stage(
