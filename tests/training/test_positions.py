@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tar_hf import ARDeTokConfig, ARDeTokForCausalLM
-from tar_hf.training.positions import grow, grow_positions, start_on_grid
+from tar_hf.training.positions import GRID_SCALE, grow, grow_positions, start_on_grid
 
 CONDITION = 9  # tokens of a full-length condition
 
@@ -171,7 +171,8 @@ def test_on_the_grid_a_token_looks_most_like_the_condition_where_it_is_drawn():
     before = model.model.position_embedding.weight.detach().clone()
     start_on_grid(model)
     table = model.model.position_embedding.weight.detach()
-    assert table.shape == before.shape and table.std() == pytest.approx(model.config.initializer_range, rel=0.15)
+    assert table.shape == before.shape
+    assert table.std() == pytest.approx(GRID_SCALE * model.config.initializer_range, rel=0.15)
     nearest = (F.normalize(table[CONDITION:], dim=-1) @ F.normalize(table[:CONDITION], dim=-1).mT).argmax(-1)
     drawn = torch.arange(1, 36)  # the row of token j is about token j + 1
     assert nearest.tolist() == (drawn // 6 // 2 * 3 + drawn % 6 // 2).tolist()

@@ -27,6 +27,7 @@ from tar_hf.modeling.modeling_ar_detok import ARDeTokForCausalLM, ARDeTokPositio
 
 METHODS = ("interpolate", "extend")
 STARTS = ("normal", "grid")
+GRID_SCALE = 4  # of a grid start, in deviations of fresh weights
 
 
 def grow_positions(
@@ -123,7 +124,8 @@ def start_on_grid(model: ARDeTokForCausalLM):
 
     Each row gets sines and cosines of the place, across and down, that it is about: that of the condition token, or of
     the image token that is drawn next. Then attention to where the drawing is takes one rule to learn instead of one
-    for each row. Holds behind conditions of full length; as large as the normal numbers that the rows had.
+    for each row. Holds behind conditions of full length. Four times as large as the normal numbers that the rows had: a
+    condition token's features, a sum over their whole width, would drown these.
     """
     config, table = model.config, model.model.position_embedding.weight
     places = torch.cat([_places(math.isqrt(config.max_condition_tokens)), _places(config.vq_config.num_patches)[1:]])
@@ -131,7 +133,8 @@ def start_on_grid(model: ARDeTokForCausalLM):
     # From a quarter of a wave over the picture to one every other token.
     lengths = torch.logspace(math.log2(0.25), math.log2(config.vq_config.num_patches / 2), waves, base=2)
     angles = 2 * math.pi * places[:, :, None] * lengths  # (rows, 2, waves)
-    rows = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1) * math.sqrt(2) * config.initializer_range
+    rows = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
+    rows *= math.sqrt(2) * GRID_SCALE * config.initializer_range
     table[:, : rows.shape[1]] = rows.to(table)
 
 
