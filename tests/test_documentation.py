@@ -63,7 +63,8 @@ def test_readme_commands(golden, tmp_path, monkeypatch, capsys):
     (tmp_path / recipe[0]).write_text(recipe[1])
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines() if line.startswith("tar-hf ")]
+    lines = [line.removeprefix(".venv/bin/") for block in blocks for line in block.splitlines()]
+    lines = [line for line in lines if line.startswith("tar-hf ")]
     assert len(lines) >= 10
     for line in lines:
         arguments = shlex.split(line, comments=True)[1:]

@@ -18,7 +18,7 @@ from tar_hf.training.recipe import RecipeError
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
-MADE = ("pictures.parquet", "conversations.parquet", "codes")  # what recipes may read
+MADE = ("pictures.parquet", "codes/conversations", "codes/pictures")  # what recipes may read
 
 
 def command(folder, *options):

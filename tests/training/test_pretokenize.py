@@ -224,6 +224,11 @@ def test_only_what_is_asked_for(run, models, tmp_path):
     run(tmp_path / "vq", **none | {"ar_detok": models["ar_detok"]})
     row = read_images(open_source(SourceRecipe(str(tmp_path / "vq"))).rows[0], random.Random(0))
     assert row.vq_ids and not row.codes and not row.latents
+    vqvae = ARDeTokForCausalLM.from_pretrained(models["ar_detok"]).vqvae
+    vqvae.save_pretrained(tmp_path / "vqvae")
+    run(tmp_path / "alone", **none | {"ar_detok": tmp_path / "vqvae"})
+    alone = read_images(open_source(SourceRecipe(str(tmp_path / "alone"))).rows[0], random.Random(0))
+    assert torch.equal(alone.vq_ids[0], row.vq_ids[0])
     run(tmp_path / "codes", **none | {"ta_tok": models["ta_tok"]}, scales=[3])
     row = read_images(open_source(SourceRecipe(str(tmp_path / "codes"))).rows[0], random.Random(0))
     assert row.codes[0].keys() == {3}

@@ -23,7 +23,7 @@ def add_parser(commands):
     parser.add_argument(
         "--scales", type=int, choices=(1, 2, 3), nargs="+", help="of the codes; default: all that TA-Tok has"
     )
-    parser.add_argument("--ar-detok", metavar="REPO", help="AR-DTok repository, for its VQ tokens")
+    parser.add_argument("--ar-detok", metavar="REPO", help="AR-DTok repository or a VQ autoencoder, for its VQ tokens")
     parser.add_argument(
         "--diffusion-detok", metavar="REPO", help="diffusion de-tokenizer or SanaPipeline, for its latents"
     )

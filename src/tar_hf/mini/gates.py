@@ -249,8 +249,8 @@ def probe_ta_tok(output: Path, recipe: MiniRecipe) -> dict[str, float]:
 
 def probe_codes(output: Path, recipe: MiniRecipe) -> dict[str, float]:
     """Rows that pre-tokenisation left out, or that are not there."""
-    rows = sum(pq.read_metadata(file).num_rows for file in (output / "codes").glob("part-*.parquet"))
-    return {"missing_rows": recipe.conversations - rows, "rows": rows}
+    rows = sum(pq.read_metadata(file).num_rows for file in (output / "codes").glob("*/part-*.parquet"))
+    return {"missing_rows": recipe.conversations + recipe.pictures - rows, "rows": rows}
 
 
 @torch.inference_mode()

@@ -299,8 +299,9 @@ def _make_codes(recipe):
     from tar_hf.training.pretokenize import pretokenize
     from tar_hf.training.recipe import SourceRecipe
 
-    options = {"ta_tok": "ta-tok", "scales": recipe.scales, "batch_size": 32}
-    pretokenize(SourceRecipe("conversations.parquet"), "codes", **options)
+    options = {"ta_tok": "ta-tok", "scales": recipe.scales, "batch_size": 32, "dtype": "bfloat16"}
+    pretokenize(SourceRecipe("conversations.parquet"), "codes/conversations", **options)
+    pretokenize(SourceRecipe("pictures.parquet"), "codes/pictures", ar_detok="vq", **options)
 
 
 def _assemble(recipe):
@@ -362,12 +363,12 @@ STAGES = {
     "teacher": _trained("teacher", "a SigLIP", "data", "language", kind="TeacherRecipe"),
     "ta-tok": _trained("ta-tok", "the image tokenizer", "data", "language", "teacher", kind="TATokRecipe"),
     "codes": Stage(
-        "the conversations' pictures as codes",
-        ("data", "ta-tok"),
+        "all pictures as codes and VQ tokens",
+        ("data", "vq", "ta-tok"),
         _make_codes,
-        "{output}/codes/part-*.bad.jsonl says why rows were left out",
+        "{output}/codes/*/part-*.bad.jsonl says why rows were left out",
     ),
-    "ar-detok": _trained("ar-detok", "the de-tokenizer", "data", "vq", "ta-tok", kind="ARDeTokRecipe"),
+    "ar-detok": _trained("ar-detok", "the de-tokenizer", "vq", "ta-tok", "codes", kind="ARDeTokRecipe"),
     # Its gate draws.
     "llm": _trained("llm", "the language model", "language", "ta-tok", "codes", "ar-detok", kind="LLMRecipe"),
     "assemble": Stage(

@@ -23,6 +23,7 @@ from accelerate import PartialState
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from transformers import JanusVQVAE
 
 from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
 from tar_hf.modeling.modeling_ar_detok import ARDeTokForCausalLM, nearest_vq_tokens
@@ -111,7 +112,8 @@ def pretokenize(
         output (`str` or `Path`): Folder to make, or to go on with.
         ta_tok (`str` or `Path`, *optional*): TA-Tok repository, for its codes.
         scales (`Iterable[int]`, *optional*): Of the codes, among 1, 2 and 3. By default all that TA-Tok has.
-        ar_detok (`str` or `Path`, *optional*): AR-DTok repository, for the VQ tokens of its autoencoder.
+        ar_detok (`str` or `Path`, *optional*): AR-DTok repository, for the VQ tokens of its autoencoder, or
+            such an autoencoder alone.
         diffusion_detok (`str` or `Path`, *optional*): Repository of the diffusion de-tokenizer or a `SanaPipeline`, for
             the latents of its autoencoder, times its `scaling_factor`: float16, flat (C * h * w).
         image_size (`int`, *optional*): Side of the pictures that become latents. By default the transformer's.
@@ -242,9 +244,12 @@ def _ta_tok_pixels(image, processor):
 
 
 def _ar_detok(path, dtype, device):
-    check_kind("ar_detok", path, "ar_detok")
-    model = ARDeTokForCausalLM.from_pretrained(path, dtype=dtype)
-    size, vqvae = model.config.image_size, model.vqvae.eval().to(device)
+    if check_kind("ar_detok", path, "ar_detok", "janus_vqgan") == "ar_detok":
+        vqvae = ARDeTokForCausalLM.from_pretrained(path, dtype=dtype).vqvae
+    else:
+        vqvae = JanusVQVAE.from_pretrained(path, dtype=dtype)
+    vqvae = vqvae.eval().to(device)
+    size = vqvae.config.num_patches * 2 ** (len(vqvae.config.channel_multiplier) - 1)
     settings = {"ar_detok": path, "vq_size": size, "vq_weights": fingerprint(vqvae)}
     return Encoder(
         settings,
