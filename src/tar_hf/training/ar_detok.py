@@ -23,7 +23,7 @@ from tar_hf.modeling.modeling_ar_detok import ARDeTokConfig, ARDeTokForCausalLM,
 from tar_hf.modeling.modeling_ta_tok import TATokConfig, TATokModel
 from tar_hf.training.models import check_kind, check_made_with, check_scale_weights, check_scales
 from tar_hf.training.positions import METHODS, STARTS, grid_side, grow, start_on_grid
-from tar_hf.training.recipe import Recipe, RecipeError
+from tar_hf.training.recipe import Recipe, RecipeError, one_line
 from tar_hf.training.rows import (
     CODES,
     SCALE_WEIGHTS,
@@ -294,7 +294,7 @@ def open_model(recipe: ARDeTokModelRecipe, ta_tok: TATokConfig) -> ARDeTokForCau
         else:
             config = ARDeTokConfig(**recipe.config, **fields)
     except (ValueError, StrictDataclassError) as error:
-        raise RecipeError(f"model: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"model: {one_line(error)}") from None
     model = ARDeTokForCausalLM(config)
     model.vqvae.load_state_dict(vqvae.state_dict())
     nn.init.zeros_(model.lm_head.weight)

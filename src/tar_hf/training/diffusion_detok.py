@@ -37,7 +37,7 @@ from tar_hf.modeling.modeling_negative_condition import NegativeCondition
 from tar_hf.modeling.modeling_ta_tok import TATokConfig, TATokModel
 from tar_hf.pipelines.pipeline_tar_diffusion_detok import TarDiffusionDeTokPipeline
 from tar_hf.training.models import check_kind, check_made_with, check_sana, check_scale_weights, check_scales
-from tar_hf.training.recipe import Recipe, RecipeError
+from tar_hf.training.recipe import Recipe, RecipeError, one_line
 from tar_hf.training.rows import (
     CODES,
     SCALE_WEIGHTS,
@@ -544,7 +544,7 @@ def make_base(recipe: DiffusionDeTokRecipe, width: int) -> tuple[SanaTransformer
     try:
         name = AutoencoderDC.load_config(model.vae).get("_class_name")
     except (OSError, ValueError) as error:
-        raise RecipeError(f"model.vae {model.vae} cannot be read: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"model.vae {model.vae} cannot be read: {one_line(error)}") from error
     if name != "AutoencoderDC":
         raise RecipeError(f"model.vae {model.vae} must hold an AutoencoderDC, got {name}")
     vae = AutoencoderDC.from_pretrained(model.vae, torch_dtype=torch.float32)
@@ -646,7 +646,7 @@ def _negative_features(model) -> torch.Tensor | None:
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"model.negative_condition {source} must be a .safetensors or .pth file or a TarDiffusionDeTokPipeline: "
-            f"{' '.join(str(error).split())}"
+            f"{one_line(error)}"
         ) from error
 
 

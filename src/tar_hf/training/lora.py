@@ -13,7 +13,7 @@ from tar_hf.conversion.assemble import copy_parts
 from tar_hf.conversion.llm import write_llm_card
 from tar_hf.conversion.output import new_folder
 from tar_hf.modeling.visual_vocabulary import VisualVocabulary
-from tar_hf.training.recipe import RecipeError
+from tar_hf.training.recipe import RecipeError, one_line
 
 
 @strict
@@ -108,7 +108,7 @@ def _load(kind, base, **options):
     try:
         return kind.from_pretrained(base, **options)
     except (OSError, ValueError, ImportError) as error:  # ImportError: what an attn_implementation needs
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(f"{base} cannot be loaded as a language model with its tokenizer: {reason}") from error
 
 

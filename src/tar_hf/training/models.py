@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from tar_hf.modeling.modeling_ta_tok import TATokConfig
-from tar_hf.training.recipe import DataRecipe, RecipeError
+from tar_hf.training.recipe import DataRecipe, RecipeError, one_line
 from tar_hf.training.sources import MANIFEST
 
 # What pre-tokenised rows hold by what the manifest says of the model that made it: a hash, and where the model was.
@@ -35,7 +35,7 @@ def check_kind(name: str, path: str, *kinds: str) -> str:
         kind = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
     except (OSError, ValueError) as error:
         where = "" if Path(path).exists() else "is no folder and "
-        raise RecipeError(f"{name} {path} {where}cannot be read: {_one_line(error)}") from error
+        raise RecipeError(f"{name} {path} {where}cannot be read: {one_line(error)}") from error
     if kind is None or kinds and kind not in kinds:
         expected = f"a model of the type {' or '.join(kinds)}" if kinds else "a model"
         raise RecipeError(f"{name} {path} must hold {expected}, got {kind or 'none'}")
@@ -48,7 +48,7 @@ def check_sana(name: str, path: str) -> dict:
         index = DiffusionPipeline.load_config(path)
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"{name} {path} must be a SanaPipeline or a TarDiffusionDeTokPipeline: {_one_line(error)}"
+            f"{name} {path} must be a SanaPipeline or a TarDiffusionDeTokPipeline: {one_line(error)}"
         ) from error
     for part, expected in SANA.items():
         if (found := (index.get(part) or (None, None))[1]) != expected:
@@ -113,7 +113,3 @@ def _manifest(path):
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{file} is no manifest of pre-tokenised rows: {error}") from None
-
-
-def _one_line(error):
-    return " ".join(str(error).split())

@@ -26,6 +26,11 @@ class RecipeError(ValueError):
     """A recipe that cannot be run: the message names the key, what was expected, and what came."""
 
 
+def one_line(error: BaseException | str) -> str:
+    """What an error of a library says, without its line breaks: part of a message that is one line itself."""
+    return " ".join(str(error).split())
+
+
 @strict
 @dataclasses.dataclass
 class SourceRecipe:
@@ -137,7 +142,7 @@ def load_recipe(kind: type[R], source: str | Path | dict, overrides: Sequence[st
         try:
             parsed = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
-            raise RecipeError(f"{key}: {value!r} is not YAML: {' '.join(str(error).split())}") from None
+            raise RecipeError(f"{key}: {value!r} is not YAML: {one_line(error)}") from None
         _set(content, key.split("."), parsed, key)
     return _build(kind, content, "")
 
@@ -157,7 +162,7 @@ def check_same_run(recipe: Recipe, folder: str | Path):
     """
     Raises a `RecipeError` where the run in a folder had another recipe, so that going on would be something else.
 
-    `training` may differ: more steps or another learning rate are a way to go on.
+    `training` may differ: more steps are a way to go on. (The learning rate comes back with the optimizer's state.)
     """
     file = Path(folder) / RECIPE_FILE
     if not file.is_file():
@@ -220,7 +225,7 @@ def _read_yaml(path: Path) -> dict:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{path} is not YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold keys and values, got {type(content).__name__}")
     return content
@@ -280,7 +285,7 @@ def _build(kind, value, name):
     try:
         return kind(**built)
     except StrictDataclassError as error:
-        raise RecipeError(f"{name or 'recipe'}: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{name or 'recipe'}: {one_line(error)}") from None
 
 
 def _holds_dataclass(kind: Any) -> bool:

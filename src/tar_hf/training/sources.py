@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from tar_hf.training.mixture import Source
-from tar_hf.training.recipe import RecipeError, SourceRecipe
+from tar_hf.training.recipe import RecipeError, SourceRecipe, one_line
 from tar_hf.training.rows import TASKS, BadRow
 
 SUFFIXES = (".parquet", ".json", ".jsonl")
@@ -80,7 +80,7 @@ def load(recipe: SourceRecipe, streaming: bool) -> tuple[datasets.Dataset | data
             reason = reason.__cause__
         if isinstance(reason, RecipeError):
             raise reason from None
-        raise RecipeError(f"{recipe.path} cannot be read: {' '.join(str(reason).split())}") from error
+        raise RecipeError(f"{recipe.path} cannot be read: {one_line(reason)}") from error
     folder = recipe.image_folder if recipe.image_folder is not None else folder
     return dataset, None if folder is None else str(folder)
 

@@ -36,7 +36,7 @@ from tar_hf.modeling.modeling_ta_tok import TATokConfig, TATokModel
 from tar_hf.training.codebook import METRICS, representative_rows
 from tar_hf.training.models import check_kind, check_scale_weights
 from tar_hf.training.principal import Principal, spread_over_codes
-from tar_hf.training.recipe import Recipe, RecipeError
+from tar_hf.training.recipe import Recipe, RecipeError, one_line
 from tar_hf.training.rows import SCALE_WEIGHTS, BadRow, Row, open_image, read_images
 from tar_hf.training.trainer import TarTrainer, open_data, run, training_arguments
 
@@ -221,7 +221,7 @@ def llm_codebook(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"model.llm {path} must have a tokenizer: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"model.llm {path} must have a tokenizer: {one_line(error)}") from error
     words = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
     embeddings = AutoModel.from_pretrained(path, dtype="auto").get_input_embeddings().weight.detach()
     others = [row for row in range(len(embeddings)) if row not in words]
@@ -256,7 +256,7 @@ def _decoder_config(recipe, width, code_width):
             vision_use_head=False,
         )
     except (ValueError, StrictDataclassError) as error:
-        raise RecipeError(f"model.decoder_config: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"model.decoder_config: {one_line(error)}") from None
     if config.num_attention_heads < 1 or width % config.num_attention_heads:
         raise RecipeError(
             f"the decoder's {config.num_attention_heads} attention heads do not divide the teacher's width {width}: "

@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tar_hf.training.mixture import Mixture
-from tar_hf.training.recipe import RECIPE_FILE, DataRecipe, Recipe, RecipeError, check_same_run, write_recipe
+from tar_hf.training.recipe import RECIPE_FILE, DataRecipe, Recipe, RecipeError, check_same_run, one_line, write_recipe
 from tar_hf.training.rows import Row, read_row
 from tar_hf.training.sources import open_source
 from tar_hf.training.streaming import Stream, open_stream
@@ -194,7 +194,7 @@ def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
             **options,
         )
     except (TypeError, ValueError, ImportError) as error:
-        raise RecipeError(f"training: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"training: {one_line(error)}") from error
     if missing := set(arguments.report_to) - set(get_available_reporting_integrations()):
         raise RecipeError(f"training.report_to: {min(missing)} is not installed")
     if arguments.n_gpu > 1:  # DataParallel, which splits what is no batch
