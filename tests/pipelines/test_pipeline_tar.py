@@ -96,6 +96,44 @@ def test_one_generator_and_none(pipe):
     assert not torch.equal(pipe("a cat", scale=3).codes, pipe("a cat", scale=3).codes)
 
 
+def test_guidance_is_the_detokenizers_own_unless_said_otherwise(pipe):
+    codes = torch.arange(81)[None]
+
+    def draw(**options):
+        return pipe.decode(codes, generator=seeds(0)[0], output_type="pt", **options)
+
+    four, two = (draw(guidance_scale=scale) for scale in (4, 2))
+    settings, before = pipe.detokenizer.generation_config, pipe.detokenizer.generation_config.guidance_scale
+    try:
+        for scale, drawn in ((4.0, four), (2.0, two), (None, four)):  # None: as in repositories that say nothing
+            settings.guidance_scale = scale
+            assert pipe.default_guidance_scale == (scale or 4.0)
+            assert torch.equal(draw(), drawn)
+    finally:
+        settings.guidance_scale = before
+
+
+def test_windows_draw_the_same_images(pipe, picture):
+    """Prompts of different lengths, with and without images, each for several images, at each one's own pace."""
+    prompts, images = ["a red circle", "three small dogs on a long white boat", "like this"], [None, None, [picture]]
+    options = {"images": images, "scale": 3, "image_scale": 3, "num_images_per_prompt": 2}
+    for more in ({}, {"do_sample": False}, {"temperature": 0.5, "top_p": 0.8}, {"self_reflect": 2}):
+        one_by_one = pipe(prompts, generator=seeds(*range(6)), **options, **more)
+        calls = []
+        windows = pipe(
+            prompts,
+            generator=seeds(*range(6)),
+            jacobi_window=8,
+            callback=lambda *call, calls=calls: calls.append(call),
+            **options,
+            **more,
+        )
+        assert torch.equal(windows.codes, one_by_one.codes)
+        assert [image.tobytes() for image in windows.images] == [image.tobytes() for image in one_by_one.images]
+        ends = {stage: (done, total) for stage, done, total in calls}
+        assert ends == {"encode": (1, 1), "codes": (81, 81), "pixels": (16, 16)}
+
+
 # Parts
 
 
@@ -142,6 +180,9 @@ def test_diffusion_detokenizer(tar_repo, ta_tok_repo, diffusion_detok_repo, gold
         )
     ]
     assert drawn[0].size == (32, 32) and drawn[0].tobytes() == drawn[1].tobytes()
+    pipe = TarPipeline.from_pretrained(tmp_path / "repo")
+    window = pipe("a cat", generator=seeds(3), jacobi_window=8, **options).images[0]  # of the language model alone
+    assert window.tobytes() == drawn[0].tobytes()
     assert seen[-3:] == [("pixels", 1, 3), ("pixels", 2, 3), ("pixels", 3, 3)]
 
 
@@ -251,6 +292,7 @@ def test_callback_sees_every_stage_and_interrupts(pipe, picture):
         (lambda pipe, image: pipe("a", num_images_per_prompt=0), "num_images_per_prompt must be a positive"),
         (lambda pipe, image: pipe("spelt <I5>"), "must not spell visual tokens such as <I5>"),
         (lambda pipe, image: pipe("a", output_type="jpeg"), "output_type must be"),
+        (lambda pipe, image: pipe("a", jacobi_window=1), "jacobi_window must be a number of tokens, at least 2"),
         (lambda pipe, image: pipe.generate_text("a", generator=seeds(1)), "do_sample=True"),
         (lambda pipe, image: pipe.decode(torch.tensor([[512] * 81])), r"0\.\.511"),
     ],

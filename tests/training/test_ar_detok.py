@@ -312,6 +312,13 @@ def test_a_preset(make, fresh):
     assert (model.config.num_hidden_layers, model.config.hidden_size, model.config.image_size) == (12, 384, 64)
 
 
+def test_how_the_trained_model_draws(make, tmp_path):
+    model = ar_detok.build(make(model={"generation": {"guidance_scale": 1.5, "temperature": 0.7}})).model
+    model.save_pretrained(tmp_path)
+    settings = ARDeTokForCausalLM.from_pretrained(tmp_path).generation_config
+    assert (settings.guidance_scale, settings.temperature, settings.top_k) == (1.5, 0.7, 0)
+
+
 @pytest.mark.parametrize("growth", ["interpolate", "extend"])
 def test_a_larger_image_goes_on_from_a_smaller_one(growth, make, rows, tmp_path):
     table = datasets.load_dataset("parquet", data_files=str(rows), split="train", cache_dir=tmp_path)
@@ -405,6 +412,7 @@ def test_pictures_where_all_rows_are_said_to_be_pretokenized(make, pictures):
         ({"position_growth": "copy"}, "one of interpolate, extend, got 'copy'"),
         ({"position_start": "grid"}, "for a fresh model, got 'grid'"),
         ({"init_from": None, "config": {}, "position_start": "random"}, "one of normal, grid"),
+        ({"generation": {"max_length": 3}}, "model.generation may hold guidance_scale, .*, got max_length"),
         ({"mlp_dropout": 1.0}, "model.mlp_dropout must be in 0..1, below 1, got 1.0"),
         ({"init_from": None, "config": {"attention_dropout": 2}}, "model.config.attention_dropout must be in 0..1"),
         ({"init_from": None, "config": {"num_hidden_layers": 0}}, "model.config.num_hidden_layers must be at least 1"),
@@ -419,6 +427,11 @@ def test_recipes_that_contradict_themselves(model, message, make):
     ("model", "message"),
     [
         ({"image_size": 32}, "do not shrink"),
+        (
+            {"generation": {"guidance_scale": 0.5}},
+            "guidance_scale must be at least 1, which turns guidance off, got 0.5",
+        ),
+        ({"generation": {"temperature": -1.0}}, "model.generation: .*temperature"),
         ({"image_size": 100}, "multiple of 16, got 100"),
         ({"init_from": None, "preset": "LP"}, "unknown preset 'LP'"),
         ({"init_from": None, "config": {**SMALL, "num_attention_heads": 5}}, "must divide hidden_size"),

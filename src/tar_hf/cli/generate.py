@@ -44,6 +44,12 @@ def add_parser(commands):
         "--self-reflect", type=count, metavar="N", help="draw N candidates each, and keep what the model finds best"
     )
     parser.add_argument(
+        "--jacobi-window",
+        type=count,
+        metavar="W",
+        help="draw W codes and tokens a step: the same picture in fewer steps",
+    )
+    parser.add_argument(
         "--batch-size",
         type=count,
         default=1,
@@ -71,6 +77,7 @@ def _generate(arguments):
 
     options = {name: getattr(arguments, name) for name in SETTINGS}
     settings = {"command": "generate", **model_settings(arguments), **options, "batch_size": arguments.batch_size}
+    window = {"jacobi_window": arguments.jacobi_window}  # says nothing about the picture
     if arguments.image:
         settings["images"] = [image.name for image in arguments.image]
     tiles = []
@@ -79,7 +86,7 @@ def _generate(arguments):
             if sheet is not None:
                 report("images", first, len(samples))
             batch = samples[first : first + arguments.batch_size]
-            output = _draw(pipe, batch, arguments.image, callback=report, **options)
+            output = _draw(pipe, batch, arguments.image, callback=report, **options, **window)
             for i, (prompt, seed) in enumerate(batch):
                 made = {"prompt": prompt, "seed": seed, **settings}
                 if output.scores is not None:

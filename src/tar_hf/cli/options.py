@@ -21,7 +21,10 @@ def add_drawing_options(parser):
     parser.add_argument("--detokenizer", metavar="REPO", help="folder or Hub id, instead of the model's own")
     parser.add_argument("--seed", type=seed, default=0, help="of the first image, one more for each after; default 0")
     parser.add_argument(
-        "--guidance-scale", type=positive, default=4.0, metavar="G", help="of the de-tokenizer; 1 is off; default 4"
+        "--guidance-scale",
+        type=positive,
+        metavar="G",
+        help="of the de-tokenizer; 1 is off; default: its own, 4 for the published ones",
     )
 
 

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    GenerationMixin,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -32,10 +33,10 @@ from .tar_repository import PARTS_FILE, RepoFolder, local_folder, named_model, w
 from .tar_sampling import Callback, TextOnly, Watch, known_options, make_generators, report, watch_pixels
 
 try:
-    from tar_hf.modeling.modeling_ar_detok import SeededDraw, draw_uniform, seeded_decoding
+    from tar_hf.modeling.modeling_ar_detok import RowCache, draw_tokens, draw_uniform, jacobi_decode, seeded_decoding
     from tar_hf.modeling.visual_vocabulary import CODE, IMAGE_END, IMAGE_START, SCALE, VisualVocabulary
 except ImportError:  # in a Hub repository, where the files stand side by side
-    from .modeling_ar_detok import SeededDraw, draw_uniform, seeded_decoding
+    from .modeling_ar_detok import RowCache, draw_tokens, draw_uniform, jacobi_decode, seeded_decoding
     from .visual_vocabulary import CODE, IMAGE_END, IMAGE_START, SCALE, VisualVocabulary
 
 # Settings of a model that do more to the logits than the output layer, so that a slice of that layer is not enough.
@@ -364,7 +365,7 @@ class TarPipeline:
     def decode(
         self,
         codes: torch.LongTensor,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         generator=None,
         output_type: str = "pil",
         callback: Callback | None = None,
@@ -375,7 +376,7 @@ class TarPipeline:
 
         Args:
             codes (`torch.LongTensor` of shape `(images, N)`): Codes 0..K-1 of one scale.
-            guidance_scale (`float`, *optional*, defaults to `4.0`): Of the de-tokenizer; 1 turns guidance off.
+            guidance_scale (`float`, *optional*): Of the de-tokenizer, see `default_guidance_scale`; 1 turns it off.
             generator (`torch.Generator` or one for each image, *optional*): Source of the draws.
             output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"` (images, H, W, 3) or `"pt"`
                 (images, 3, H, W), the last two in 0..1.
@@ -391,7 +392,7 @@ class TarPipeline:
         pixels = detokenizer.detokenize(
             features,
             generator=generators,
-            guidance_scale=guidance_scale,
+            guidance_scale=self.default_guidance_scale if guidance_scale is None else guidance_scale,
             **watch_pixels(detokenizer, callback),
             **kwargs,
         )
@@ -410,6 +411,12 @@ class TarPipeline:
 
     # Drawing
 
+    @property
+    def default_guidance_scale(self) -> float:
+        """What guides unless a call says otherwise: the one of the de-tokenizer's `generation_config`, or 4."""
+        settings = getattr(self.detokenizer, "generation_config", None)
+        return getattr(settings, "guidance_scale", None) or 4.0
+
     def __call__(
         self,
         prompt: str | list[str],
@@ -421,8 +428,9 @@ class TarPipeline:
         temperature: float = 1.0,
         top_p: float = 0.95,
         top_k: int = 1200,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         self_reflect: int | None = None,
+        jacobi_window: int | None = None,
         generator=None,
         output_type: str = "pil",
         callback: Callback | None = None,
@@ -439,9 +447,11 @@ class TarPipeline:
             image_scale (`int`, *optional*, defaults to `1`): Of the images in the prompt.
             num_images_per_prompt (`int`, *optional*, defaults to `1`): Images for each prompt.
             do_sample, temperature, top_p, top_k: How the language model draws codes. `top_k=0` is no limit.
-            guidance_scale (`float`, *optional*, defaults to `4.0`): Of the de-tokenizer.
+            guidance_scale (`float`, *optional*): Of the de-tokenizer, see `default_guidance_scale`; 1 turns it off.
             self_reflect (`int`, *optional*): Draws so many candidates for each image, lets the language model judge
                 them by their codes, and only turns the best into pixels: the paper's self-reflection.
+            jacobi_window (`int`, *optional*): Draws so many codes, and VQ tokens of AR-DTok, at once, and keeps what
+                drawing one by one would have drawn: the same images in fewer steps, see `jacobi_decode`.
             generator (`torch.Generator` or a list with one for each image, *optional*): Source of all draws.
             output_type, callback, kwargs: As in `decode`.
 
@@ -460,6 +470,10 @@ class TarPipeline:
         tokens = self.decoder.config.num_tokens(scale)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+        if jacobi_window is not None:
+            self._check_jacobi(jacobi_window)
+            if isinstance(self.detokenizer, GenerationMixin):
+                kwargs["jacobi_window"] = jacobi_window
         self._check_detokenizer(kwargs)
 
         given = self._read(images, image_scale, callback)
@@ -469,7 +483,7 @@ class TarPipeline:
         candidates = self_reflect or 1
         uniform = draw_uniform(len(generators), candidates * tokens, generators, "cpu").view(-1, tokens)
         options = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        codes = self._draw_codes(rows, uniform, callback=callback, **options)
+        codes = self._draw_codes(rows, uniform, jacobi_window=jacobi_window, callback=callback, **options)
         scores = None
         if self_reflect is not None:
             requests = [request for request in zip(prompts, given, strict=True) for _ in range(num_images_per_prompt)]
@@ -481,7 +495,7 @@ class TarPipeline:
         return TarPipelineOutput(images=drawn, codes=codes, scores=scores)
 
     @torch.no_grad()
-    def _draw_codes(self, rows, uniform, do_sample, temperature, top_p, top_k, callback=None):
+    def _draw_codes(self, rows, uniform, do_sample, temperature, top_p, top_k, jacobi_window=None, callback=None):
         """Prompts as token ids, and one uniform number a code (images, N) -> codes (images, N).
 
         Each prompt is read once, however many images it gets. Only the visual rows of the output layer are computed, so
@@ -495,35 +509,66 @@ class TarPipeline:
                 warpers.append(TopKLogitsWarper(top_k))
             if top_p < 1:
                 warpers.append(TopPLogitsWarper(top_p))
-            warpers.append(SeededDraw(uniform.to(self.model.device)))
+        uniform = uniform.to(self.model.device)
+
+        def choose(logits, columns):
+            """Codes (n,) by logits (n, K), for the columns (B, n / B)."""
+            if not do_sample:
+                return logits.argmax(-1)
+            return draw_tokens(warpers(None, logits), uniform.gather(1, columns.clamp(max=tokens - 1)).flatten())
+
         ids, mask = self._pad(rows)
         cache = DynamicCache(config=self.model.config)
-        logits = self._visual_logits(ids, mask, cache).repeat_interleave(copies, 0)
-        mask = mask.repeat_interleave(copies, 0)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = self._visual_logits(ids, mask, positions, cache, last=1)[:, 0].repeat_interleave(copies, 0)
+        mask, positions = (tensor.repeat_interleave(copies, 0) for tensor in (mask, positions[:, -1:] + 1))
         if copies > 1:
             cache.batch_repeat_interleave(copies)
+
+        if jacobi_window is not None:
+            cache = RowCache(cache, tokens + jacobi_window, mask)
+
+            def next_logits(codes, columns):
+                places = mask.shape[1] + columns
+                seen = cache.move(places, places.max().item() + 1)
+                ids = codes + self.vocabulary.first_code_id
+                return self._visual_logits(ids, seen, positions + columns, cache, last=jacobi_window)
+
+            def on_step(codes, known):
+                report(callback, "codes", known, tokens)
+
+            return jacobi_decode(logits, next_logits, choose, tokens, jacobi_window, on_step).cpu()
+
         codes = torch.empty(len(uniform), 0, dtype=torch.long, device=self.model.device)
         for step in range(1, tokens + 1):
-            drawn = warpers(codes, logits).argmax(-1, keepdim=True)
-            codes = torch.cat([codes, drawn], 1)
+            column = torch.full_like(positions, step - 1)
+            codes = torch.cat([codes, choose(logits, column)[:, None]], 1)
             report(callback, "codes", step, tokens)
             if step < tokens:
                 mask = F.pad(mask, (0, 1), value=1)
-                logits = self._visual_logits(drawn + self.vocabulary.first_code_id, mask, cache)
+                ids = codes[:, -1:] + self.vocabulary.first_code_id
+                logits = self._visual_logits(ids, mask, positions + column, cache, last=1)[:, 0]
         return codes.cpu()
 
-    def _visual_logits(self, ids, mask, cache):
-        """Logits (B, K) of the codes that may come next, in float32."""
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    def _check_jacobi(self, window):
+        if not isinstance(window, int) or window < 2:
+            raise ValueError(f"jacobi_window must be a number of tokens, at least 2, got {window!r}")
+        if (attention := self.model.config._attn_implementation) not in ("eager", "sdpa"):
+            raise ValueError(
+                f"jacobi_window masks each row for itself, which only the attentions eager and sdpa do, got {attention}"
+            )
+
+    def _visual_logits(self, ids, mask, positions, cache, last):
+        """Logits (B, last, K) of the codes that may come after each of the last tokens, in float32."""
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         head, config = self.model.get_output_embeddings(), self.model.config
-        first, last = self.vocabulary.first_code_id, self.vocabulary.vocab_size
+        first, end = self.vocabulary.first_code_id, self.vocabulary.vocab_size
         if type(head) is not nn.Linear or any(getattr(config, name, None) for name in LOGIT_SETTINGS):
-            outputs = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            return outputs.logits[:, -1, first:last].float()
-        hidden = self.model.get_decoder()(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-        bias = None if head.bias is None else head.bias[first:last]
-        return F.linear(hidden, head.weight[first:last], bias).float()
+            outputs = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=last)
+            return outputs.logits[..., first:end].float()
+        hidden = self.model.get_decoder()(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -last:]
+        bias = None if head.bias is None else head.bias[first:end]
+        return F.linear(hidden, head.weight[first:end], bias).float()
 
     @torch.no_grad()
     def _judge(self, requests, codes, candidates):

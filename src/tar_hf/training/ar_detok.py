@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import JanusVQVAE, set_seed
+from transformers import JanusVQVAE, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, set_seed
 
 from tar_hf.conversion.ar_detok import write_ar_detok_card
 from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
@@ -38,6 +38,7 @@ from tar_hf.training.trainer import TarTrainer, open_data, run, training_argumen
 
 # What `model.config` may say. The other fields follow from TA-Tok, the autoencoder and the rest of the recipe.
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+GENERATION = ("guidance_scale", "do_sample", "temperature", "top_k", "top_p")
 ARCHITECTURE = (*SIZES, "fixed_positions", "rms_norm_eps", "attention_dropout", "initializer_range")
 
 
@@ -67,6 +68,9 @@ class ARDeTokModelRecipe:
         position_start (`str`, *optional*, defaults to `"normal"`):
             What the positions of a fresh model start as: normal numbers, as in the original, or `grid`, places in the
             picture, see `start_on_grid`.
+        generation (`dict`, *optional*):
+            How the trained model draws unless a call says otherwise: `guidance_scale`, `do_sample`, `temperature`,
+            `top_k`, `top_p`. What is not named stays as in `init_from`, or in the release.
         attn_implementation (`str`, *optional*): `eager`, `sdpa`, `flash_attention_2`; by default the library's choice.
     """
 
@@ -82,6 +86,7 @@ class ARDeTokModelRecipe:
     residual_dropout: float | int = 0.1
     mlp_dropout: float | int = 0.1
     position_start: str = "normal"
+    generation: dict | None = None
     attn_implementation: str | None = None
 
     def __post_init__(self):
@@ -110,6 +115,8 @@ class ARDeTokModelRecipe:
                 f"model.position_start must be one of {', '.join(STARTS)}, for a fresh model, got "
                 f"{self.position_start!r}"
             )
+        if unknown := (self.generation or {}).keys() - set(GENERATION):
+            raise RecipeError(f"model.generation may hold {', '.join(GENERATION)}, got {min(unknown)}")
         for name, rate in {**self.dropouts, "config.attention_dropout": config.get("attention_dropout", 0)}.items():
             if isinstance(rate, float | int) and not 0 <= rate < 1:
                 raise RecipeError(f"model.{name} must be in 0..1, below 1, got {rate}")
@@ -305,6 +312,20 @@ def open_model(recipe: ARDeTokModelRecipe, ta_tok: TATokConfig) -> ARDeTokForCau
     return model
 
 
+def set_generation(model: ARDeTokForCausalLM, options: dict):
+    """Sets how a model draws by default. `RecipeError` for values that cannot be."""
+    try:
+        model.generation_config.update(**options)
+        TemperatureLogitsWarper(model.generation_config.temperature)
+        TopPLogitsWarper(model.generation_config.top_p)
+        TopKLogitsWarper(model.generation_config.top_k or 1)  # 0 is no limit
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise RecipeError(f"model.generation: {one_line(error)}") from None
+    scale = model.generation_config.guidance_scale
+    if scale is not None and scale < 1:
+        raise RecipeError(f"model.generation.guidance_scale must be at least 1, which turns guidance off, got {scale}")
+
+
 def _open_vqvae(path) -> JanusVQVAE:
     if check_kind("model.vqvae", path, "ar_detok", "janus_vqgan") == "ar_detok":
         return ARDeTokForCausalLM.from_pretrained(path, dtype=torch.float32).vqvae
@@ -331,6 +352,7 @@ def build(recipe: ARDeTokRecipe) -> ARDeTokTrainer:
     model = open_model(recipe.model, ta_tok.config)
     if recipe.model.attn_implementation is not None:
         model.set_attn_implementation(recipe.model.attn_implementation)
+    set_generation(model, recipe.model.generation or {})
     processor = None if recipe.pretokenized else TATokImageProcessor.from_pretrained(recipe.model.ta_tok)
     examples = ARDeTokExamples(ta_tok.config, model.config, recipe.scale_weights, processor)
     train_rows, held_out = open_data(recipe.data, arguments, examples, read_images)

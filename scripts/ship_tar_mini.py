@@ -1,0 +1,49 @@
+"""Puts a trained tar-mini into the package: python scripts/ship_tar_mini.py run/tar-mini
+
+Its code files become links to the package's own, so that there is one copy of each to change.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from tar_hf import TarPipeline
+from tar_hf.mini import WEIGHTS
+
+PACKAGE = WEIGHTS.parents[1]
+MEGABYTES = 20
+
+
+def ship(source: Path, target: Path = WEIGHTS / "tar-mini"):
+    """
+    Replaces the system in the package.
+
+    Raises `ValueError` for one that is too large, or whose code is not this version's; nothing is changed then.
+    """
+    TarPipeline.from_pretrained(source)  # a Tar repository
+    files = sorted(file for file in source.rglob("*") if file.is_file())
+    if (size := sum(file.stat().st_size for file in files)) > MEGABYTES * 2**20:
+        raise ValueError(f"expected at most {MEGABYTES} MiB, got {size / 2**20:.1f} in {source}")
+    code = {file: own_file(file) for file in files if file.suffix == ".py"}
+    shutil.rmtree(target, ignore_errors=True)
+    for file in files:
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if file in code:
+            place.symlink_to(os.path.relpath(code[file], place.parent))
+        else:
+            shutil.copyfile(file, place)
+    print(f"{target}: {size / 2**20:.1f} MiB")
+
+
+def own_file(file: Path) -> Path:
+    """The package's file of this name."""
+    (own,) = (found for found in PACKAGE.rglob(file.name) if not found.is_symlink())
+    if own.read_bytes() != file.read_bytes():
+        raise ValueError(f"{file} is of another version than {own}: run `tar-hf train mini RUN --only assemble` again")
+    return own
+
+
+if __name__ == "__main__":
+    ship(Path(sys.argv[1]))
