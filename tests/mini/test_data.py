@@ -56,6 +56,30 @@ def test_conversations_are_of_five_kinds_in_proportion():
         assert kinds[kind] == pytest.approx(1350 * data.TASKS[name] / sum(data.TASKS.values()), abs=45), name
 
 
+def test_prompts_that_tell_a_whole_scene():
+    told = Counter()
+    for row in islice(data.conversations("validation"), 400):
+        (question, answer), *_ = turns_of(row)
+        if answer == "<image>" and "<image>" not in question:
+            (scene,) = row["image"]
+            names = [world.name_group(count, *thing) for thing, count in scene.contents.items()]
+            told[all(name in question for name in names)] += 1
+    assert 0.25 < told[True] / sum(told.values()) < 0.6  # and those that name all that they ask for
+
+
+def test_what_is_told_belongs_to_the_scenes_split():
+    draw = random.Random(0)
+    for split in world.SPLITS:
+        prompts = [(world.tell(scene, draw), scene) for scene in islice(world.scenes(split), 200)]
+        assert 0 < sum(prompt is None for prompt, _ in prompts) < 200
+        for prompt, scene in prompts:
+            groups = tuple((count, *thing) for thing, count in scene.contents.items())
+            wishes = [world.Wish(groups, background=background) for background in (None, scene.background)]
+            if prompt is not None:
+                told = wishes[scene.background in prompt]
+                assert world.split_of(prompt) == split if len(groups) == 1 else world.belongs(told, split)
+
+
 def test_answers_to_pictures_are_about_them():
     lengths, answers = Counter(), Counter()
     for row in islice(data.conversations("test"), 300):

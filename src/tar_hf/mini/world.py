@@ -371,6 +371,16 @@ def scenes(split: str, seed: int = 0) -> Iterator[Scene]:
             yield scene
 
 
+def tell(scene: Scene, draw: random.Random) -> str | None:
+    """A prompt that names all things of a scene in any order, unless what it asks for belongs to another split."""
+    groups = [(count, color, shape) for (color, shape), count in scene.contents.items()]
+    draw.shuffle(groups)
+    wish = Wish(tuple(groups), background=scene.background if draw.random() < 0.6 else None)
+    prompt = draw.choice(WORDINGS).format(phrase(wish, draw.randrange(len(BACKGROUND_WORDINGS))))
+    split = split_of(scene_key(scene))
+    return prompt if (split_of(prompt) == split if few_combinations(wish) else belongs(wish, split)) else None
+
+
 def _scene(wish, split, draw):
     while True:
         scene = fulfil(wish, draw)
