@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from tar_hf.conversion import convert_llm
 from tar_hf.conversion.assemble import assemble
+from tar_hf.modeling.modeling_ta_tok import TATokModel
 from tar_hf.pipelines.pipeline_tar import TarPipeline
 from tar_hf.pipelines.tar_prompts import user_turns
 from tar_hf.pipelines.tar_sampling import Interrupted
@@ -163,6 +164,13 @@ def test_parts_can_be_passed_in_and_replaced(tar_repo, ta_tok_repo, ar_detok_rep
     assert shared.reconstruct(picture, scale=3).size == (128, 128)
     shared.free()
     assert larger.detokenizer is shared.detokenizer
+    ta_tok = TATokModel.from_pretrained(ta_tok_repo()).eval()
+    alone = TarPipeline.from_pretrained(tar_repo, ta_tok=ta_tok)
+    assert alone.decode(torch.arange(81)[None])[0].size == (64, 64)
+    with pytest.raises(ValueError, match="pass image_processor= too"):
+        alone.encode(picture)
+    whole = TarPipeline.from_pretrained(tar_repo, ta_tok=ta_tok, image_processor=small.image_processor)
+    assert torch.equal(whole.encode(picture, scale=3), small.encode(picture, scale=3))
 
 
 def test_diffusion_detokenizer(tar_repo, ta_tok_repo, diffusion_detok_repo, golden, tmp_path):

@@ -115,6 +115,7 @@ class TarPipeline:
         path: str | Path,
         ta_tok=None,
         detokenizer=None,
+        image_processor=None,
         dtype=None,
         device_map=None,
         quantization_config=None,
@@ -131,6 +132,8 @@ class TarPipeline:
             path (`str` or `Path`): Folder or Hub id. Its root is the language model. "tar-mini" is the small model in
                 the package, unless there is a folder of that name.
             ta_tok, detokenizer (*optional*): Replace the repo's own: paths, Hub ids or objects.
+            image_processor (`TATokImageProcessor`, *optional*): For a `ta_tok` that is a model. By default the one that
+                stands with its files.
             dtype, device_map, attn_implementation (*optional*): For every part.
             quantization_config (*optional*): For the language model.
             revision, token, local_files_only, trust_remote_code (*optional*): For every download from `path`.
@@ -150,10 +153,12 @@ class TarPipeline:
             )
 
         part_options = {**options, "trust_remote_code": trust_remote_code, "hub": hub}
-        return cls.around(load, tokenizer, path, ta_tok, detokenizer, part_options)
+        return cls.around(load, tokenizer, path, ta_tok, detokenizer, part_options, image_processor)
 
     @classmethod
-    def around(cls, model, tokenizer, path, ta_tok=None, detokenizer=None, load_options=None) -> "TarPipeline":
+    def around(
+        cls, model, tokenizer, path, ta_tok=None, detokenizer=None, load_options=None, image_processor=None
+    ) -> "TarPipeline":
         """A pipeline of a language model, or what loads it, with the parts that its repository `path` names."""
         hub = (load_options or {}).get("hub", {})
         notes = local_folder(path, [PARTS_FILE], [], **hub) / PARTS_FILE
@@ -166,7 +171,7 @@ class TarPipeline:
                 sources[name] = inside if inside.exists() else None
             else:
                 sources[name] = noted if given is None else given
-        return cls(model, tokenizer, **sources, load_options=load_options)
+        return cls(model, tokenizer, **sources, image_processor=image_processor, load_options=load_options)
 
     def save_pretrained(self, folder: str | Path):
         """Writes the language model at the root, and the parts that were given as objects or local folders below it."""
