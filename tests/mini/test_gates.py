@@ -67,9 +67,10 @@ def test_pictures_are_read_where_things_stand():
 
 
 def test_left_out_rows_are_counted(recipe, tmp_path):
-    (tmp_path / "codes").mkdir()
-    table = pa.table({"source_row": list(range(recipe.conversations - 3))})
-    pq.write_table(table, tmp_path / "codes" / "part-00000-of-00001.parquet")
+    for name, rows in (("conversations", recipe.conversations - 2), ("pictures", recipe.pictures - 1)):
+        (tmp_path / "codes" / name).mkdir(parents=True)
+        table = pa.table({"source_row": list(range(rows))})
+        pq.write_table(table, tmp_path / "codes" / name / "part-00000-of-00001.parquet")
     assert gates.probe_codes(tmp_path, recipe)["missing_rows"] == 3
 
 
