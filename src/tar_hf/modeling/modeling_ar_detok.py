@@ -522,7 +522,10 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
 
         if jacobi_window is None:
             decoding = seeded_decoding(
-                make_uniform, streamer=kwargs.get("streamer"), synced_gpus=bool(kwargs.get("synced_gpus"))
+                make_uniform,
+                capacity=condition.shape[1] + num_tokens,
+                streamer=kwargs.get("streamer"),
+                synced_gpus=bool(kwargs.get("synced_gpus")),
             )
         else:
             self._check_jacobi(jacobi_window, guidance_interval, generation_config)
@@ -654,7 +657,9 @@ def draw_tokens(scores: torch.FloatTensor, uniform: torch.FloatTensor) -> torch.
     return torch.where(token < scores.shape[-1], token, scores.argmax(-1, keepdim=True))[:, 0]  # target rounded up
 
 
-def seeded_decoding(make_uniform: Callable[[int, torch.device], torch.FloatTensor], **loop_options) -> Callable:
+def seeded_decoding(
+    make_uniform: Callable[[int, torch.device], torch.FloatTensor], capacity: int | None = None, **loop_options
+) -> Callable:
     """
     A `custom_generate` that samples by uniform numbers which belong to the rows, and searches greedily as ever.
 
@@ -664,6 +669,7 @@ def seeded_decoding(make_uniform: Callable[[int, torch.device], torch.FloatTenso
     Args:
         make_uniform (`Callable`): Number of rows and device -> uniform numbers (rows, steps). Called when there is
             something to sample.
+        capacity (`int`, *optional*): Tokens, with those of the prompt, that the cache gets room for at once.
         loop_options: `streamer` and `synced_gpus`, which the library forgets when the loop is a callable.
     """
 
@@ -674,6 +680,8 @@ def seeded_decoding(make_uniform: Callable[[int, torch.device], torch.FloatTenso
             draw.keep_scores = generation_config.return_dict_in_generate and generation_config.output_scores
             logits_processor.append(draw)
             generation_config.do_sample = False
+        if capacity is not None:
+            kwargs["past_key_values"] = reserve(kwargs["past_key_values"], capacity)
         output = GenerationMixin._sample(
             model,
             input_ids,
@@ -687,6 +695,58 @@ def seeded_decoding(make_uniform: Callable[[int, torch.device], torch.FloatTenso
         return output
 
     return decode
+
+
+# Room for all tokens to come
+
+
+class ReservedLayer(DynamicLayer):
+    """A `DynamicLayer` that writes into reserved room, where that one copies all that it holds for every token."""
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity = capacity
+        self.room = None  # keys and values (rows, heads, capacity, D), of which self.keys and self.values are the head
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        held = self.get_seq_length()
+        length = held + key_states.shape[-2]
+        if not self._in_room(length):
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            self.capacity = max(self.capacity, length)
+            self.room = [t.new_empty(*t.shape[:2], self.capacity, t.shape[-1]) for t in (key_states, value_states)]
+            if held:
+                for room, t in zip(self.room, (self.keys, self.values), strict=True):
+                    room[:, :, :held] = t
+        for room, t in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, held:length] = t
+        self.keys, self.values = (room[:, :, :length] for room in self.room)
+        return self.keys, self.values
+
+    def _in_room(self, length):
+        """Whether what is held still lies at the head of the room: the library may have chosen or repeated rows."""
+        return (
+            self.room is not None
+            and length <= self.capacity
+            and self.is_initialized
+            and all(
+                t.data_ptr() == room.data_ptr() for t, room in zip((self.keys, self.values), self.room, strict=True)
+            )
+            and len(self.keys) == len(self.room[0])
+        )
+
+
+def reserve(cache: Cache, capacity: int) -> Cache:
+    """The cache, which then writes in place up to `capacity` tokens; another than the default one as it is."""
+    if type(cache) is DynamicCache and not cache.offloading:
+        for i, layer in enumerate(cache.layers):
+            if type(layer) is DynamicLayer:
+                cache.layers[i] = reserved = ReservedLayer(capacity)
+                if layer.is_initialized:
+                    reserved.lazy_initialization(layer.keys, layer.values)
+                    reserved.keys, reserved.values = layer.keys, layer.values
+    return cache
 
 
 # Jacobi decoding: several tokens a step
@@ -730,7 +790,7 @@ class RowCache(Cache):
     """
 
     def __init__(self, cache: DynamicCache, extra: int, mask: torch.Tensor | None = None):
-        if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        if any(type(layer) not in (DynamicLayer, ReservedLayer) for layer in cache.layers):
             raise ValueError("jacobi_window needs a model whose every layer attends to everything before")
         super().__init__([RowLayer(*(F.pad(t, (0, 0, 0, extra)) for t in (x.keys, x.values))) for x in cache.layers])
         rows, _, capacity, _ = self.layers[0].keys.shape
@@ -849,7 +909,7 @@ def jacobi_decoding(window: int, make_uniform: Callable[[int, torch.device], tor
 def _keep_first_rows(cache: Cache, rows: int):
     """Cuts the cache to its first rows, so that the rest is neither computed nor held any longer."""
     for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, StaticLayer):
+        if type(layer) not in (DynamicLayer, ReservedLayer, StaticLayer):
             raise ValueError(f"guidance_interval needs a DynamicCache or a StaticCache, got {type(cache).__name__}")
         layer.keys, layer.values = layer.keys[:rows].clone(), layer.values[:rows].clone()
         if isinstance(layer, StaticLayer):

@@ -33,10 +33,24 @@ from .tar_repository import PARTS_FILE, RepoFolder, local_folder, named_model, w
 from .tar_sampling import Callback, TextOnly, Watch, known_options, make_generators, report, watch_pixels
 
 try:
-    from tar_hf.modeling.modeling_ar_detok import RowCache, draw_tokens, draw_uniform, jacobi_decode, seeded_decoding
+    from tar_hf.modeling.modeling_ar_detok import (
+        RowCache,
+        draw_tokens,
+        draw_uniform,
+        jacobi_decode,
+        reserve,
+        seeded_decoding,
+    )
     from tar_hf.modeling.visual_vocabulary import CODE, IMAGE_END, IMAGE_START, SCALE, VisualVocabulary
 except ImportError:  # in a Hub repository, where the files stand side by side
-    from .modeling_ar_detok import RowCache, draw_tokens, draw_uniform, jacobi_decode, seeded_decoding
+    from .modeling_ar_detok import (
+        RowCache,
+        draw_tokens,
+        draw_uniform,
+        jacobi_decode,
+        reserve,
+        seeded_decoding,
+    )
     from .visual_vocabulary import CODE, IMAGE_END, IMAGE_START, SCALE, VisualVocabulary
 
 # Settings of a model that do more to the logits than the output layer, so that a slice of that layer is not enough.
@@ -529,6 +543,7 @@ class TarPipeline:
         mask, positions = (tensor.repeat_interleave(copies, 0) for tensor in (mask, positions[:, -1:] + 1))
         if copies > 1:
             cache.batch_repeat_interleave(copies)
+        reserve(cache, ids.shape[1] + tokens)
 
         if jacobi_window is not None:
             cache = RowCache(cache, tokens + jacobi_window, mask)
