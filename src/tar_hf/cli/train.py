@@ -20,6 +20,7 @@ STAGES = {
     "vq": ("vq", "VQRecipe"),
     "teacher": ("teacher", "TeacherRecipe"),
     "dc-ae": ("dc_ae", "DCAERecipe"),
+    "reward": ("reward", "RewardRecipe"),
 }
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 

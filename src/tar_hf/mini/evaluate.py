@@ -9,7 +9,8 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import groupby, islice, permutations
+from functools import partial
+from itertools import groupby, islice
 
 import torch
 from PIL import Image
@@ -165,19 +166,7 @@ def _adding(split, seed, draw):
         held_out = world.split_of(world.scene_key(scene)) == split
         if held_out and world.beside(scene, relation, shape, draw):
             prompt = world.BESIDE.format(world.article(shape), relation)
-            yield Task(prompt, _has_beside(scene, relation, shape), scene)
-
-
-def _has_beside(scene, relation, shape):
-    def is_right(shown):
-        return len(shown.things) == 2 and any(
-            new.shape == shape
-            and world.holds(relation, new, kept)
-            and scorer.same_places(scene, replace(shown, things=(kept,)))
-            for new, kept in permutations(shown.things)
-        )
-
-    return is_right
+            yield Task(prompt, partial(scorer.has_beside, scene, relation, shape), scene)
 
 
 def _draw(pipe, measure, tasks, seed, drawing, callback) -> list[Sample]:

@@ -1,8 +1,9 @@
 """Reads scenes of the mini world from pixels, with nothing learned, and scores pictures against what was asked for."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import permutations
 
 import numpy as np
 from PIL import Image
@@ -92,6 +93,14 @@ def same_places(one: Scene, other: Scene, tolerance: float = 8.0) -> bool:
             return False
         left.remove(nearest)
     return True
+
+
+def has_beside(given: Scene, relation: str, shape: str, shown: Scene) -> bool:
+    """Whether a scene shows the one thing of `given` within 8 pixels of its place, and a shape `relation` it."""
+    return len(shown.things) == 2 and any(
+        new.shape == shape and holds(relation, new, kept) and same_places(given, replace(shown, things=(kept,)))
+        for new, kept in permutations(shown.things)
+    )
 
 
 def _nearest(color, palette) -> str:

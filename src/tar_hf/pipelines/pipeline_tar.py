@@ -570,6 +570,38 @@ class TarPipeline:
                 logits = self._visual_logits(ids, mask, positions + column, cache, last=1)[:, 0]
         return codes.cpu()
 
+    def code_logits(
+        self, prompt: str | list[str], codes: torch.LongTensor, images=None, scale: int = 1, image_scale: int = 1
+    ) -> torch.FloatTensor:
+        """
+        What the language model expects of codes that are drawn from prompts. Gradients flow.
+
+        Args:
+            prompt, images, image_scale: As for a call.
+            codes (`torch.LongTensor` of shape `(prompts * copies, N)`): What was drawn, the copies of a prompt side by
+                side.
+            scale (`int`, *optional*, defaults to `1`): Of the codes.
+
+        Returns:
+            `torch.FloatTensor` of shape `(prompts * copies, N, K)`: logits over all codes for each, in float32.
+        """
+        prompts, images, _ = as_lists(prompt, images)
+        check_prompts(prompts, images)
+        if codes.ndim != 2 or not len(codes) or len(codes) % len(prompts):
+            raise ValueError(
+                f"codes must have the shape (images, tokens), with as many for each of {len(prompts)} prompts, got "
+                f"{tuple(codes.shape)}"
+            )
+        given = self._read(images, image_scale, None)
+        rows = [
+            self._prompt_ids(user_turns(text), seen, drawing=scale) for text, seen in zip(prompts, given, strict=True)
+        ]
+        ids, mask = (t.repeat_interleave(len(codes) // len(prompts), 0) for t in self._pad(rows))
+        known = codes[:, :-1].to(ids.device)
+        ids = torch.cat([ids, known + self.vocabulary.first_code_id], 1)
+        mask = torch.cat([mask, torch.ones_like(known)], 1)
+        return self._visual_logits(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), None, last=codes.shape[1])
+
     def _check_jacobi(self, window):
         if not isinstance(window, int) or window < 2:
             raise ValueError(f"jacobi_window must be a number of tokens, at least 2, got {window!r}")
@@ -581,12 +613,13 @@ class TarPipeline:
     def _visual_logits(self, ids, mask, positions, cache, last):
         """Logits (B, last, K) of the codes that may come after each of the last tokens, in float32."""
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        inputs |= {"past_key_values": cache, "use_cache": cache is not None}
         head, config = self.model.get_output_embeddings(), self.model.config
         first, end = self.vocabulary.first_code_id, self.vocabulary.vocab_size
         if type(head) is not nn.Linear or any(getattr(config, name, None) for name in LOGIT_SETTINGS):
-            outputs = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=last)
+            outputs = self.model(**inputs, logits_to_keep=last)
             return outputs.logits[..., first:end].float()
-        hidden = self.model.get_decoder()(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -last:]
+        hidden = self.model.get_decoder()(**inputs).last_hidden_state[:, -last:]
         bias = None if head.bias is None else head.bias[first:end]
         return F.linear(hidden, head.weight[first:end], bias).float()
 

@@ -156,8 +156,12 @@ class LLMTrainer(TarTrainer):
             self.model.config.use_cache = in_training
 
 
-def build(recipe: LLMRecipe) -> LLMTrainer:
-    """Everything that a run needs, as its recipe says. `RecipeError`, and the parts' own errors, for what is wrong."""
+def build(recipe: LLMRecipe, kind: type[LLMTrainer] = LLMTrainer, **options) -> LLMTrainer:
+    """
+    Everything that a run needs, as its recipe says, in a trainer of some `kind` that takes `options` besides.
+
+    `RecipeError`, and the parts' own errors, for what is wrong.
+    """
     arguments = training_arguments(
         recipe,
         learning_rate=5e-5,
@@ -185,7 +189,7 @@ def build(recipe: LLMRecipe) -> LLMTrainer:
         raise RecipeError(str(error)) from error
     data, held_out = open_data(recipe.data, arguments, conversations)
     _check_codes(recipe)
-    return LLMTrainer(
+    return kind(
         model=model,
         args=arguments,
         data_collator=_collator(recipe, tokenizer),
@@ -194,6 +198,7 @@ def build(recipe: LLMRecipe) -> LLMTrainer:
         processing_class=tokenizer,
         vocabulary=vocabulary,
         recipe=recipe,
+        **options,
     )
 
 

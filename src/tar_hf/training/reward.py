@@ -1,0 +1,181 @@
+"""The reward stage: the language model draws, a reward judges the pictures, and the better ones become likelier.
+
+Group relative policy optimisation (GRPO, paper 2402.03300, section 4.1), on the codes of pictures as in T2I-R1
+(2505.00703): of several pictures of one prompt each counts by how far its reward lies above the group's mean. Pictures
+are drawn anew for every update, so there is no ratio to an older policy to clip. Supervised rows, learnt in the same
+steps, take the place of the penalty that ties the policy to a reference.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from huggingface_hub.dataclasses import strict
+from PIL import Image
+
+from tar_hf.conversion.assemble import copy_parts
+from tar_hf.pipelines.pipeline_tar import TarPipeline
+from tar_hf.training import llm
+from tar_hf.training.llm import LLMModelRecipe, LLMRecipe, LLMTrainer
+from tar_hf.training.recipe import RecipeError
+from tar_hf.training.trainer import run
+
+STEADY = 0.1  # added to a group's spread: of rewards that hardly differ, little is to be learnt
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawingTask:
+    """
+    Args:
+        prompt (`str`): What to draw, `<image>` where an image goes.
+        reward (`Callable[[Image.Image], float]`): How good a picture is.
+        images (`list`, *optional*): The prompt's images.
+    """
+
+    prompt: str
+    reward: Callable[[Image.Image], float]
+    images: list | None = None
+
+
+@strict
+@dataclasses.dataclass(kw_only=True)
+class RewardModelRecipe(LLMModelRecipe):
+    """
+    What is trained, and what turns its codes into pictures.
+
+    Args:
+        base (`str`): Folder or Hub id of a language model with visual tokens, or of a whole Tar repository.
+        detokenizer (`str`, *optional*): Folder or Hub id of a de-tokenizer. By default the repository's own; so
+            `ta_tok`.
+    """
+
+    detokenizer: str | None = None
+
+
+@strict
+@dataclasses.dataclass(kw_only=True)
+class RewardRecipe(LLMRecipe):
+    """
+    The recipe of the stage. `data` and `training` are those of the supervised rows, which every step learns from too.
+
+    Args:
+        model (`RewardModelRecipe`): What is trained.
+        tasks (`str`): `module:function` of a function that takes a seed, a string, and gives an endless iterator of
+            [`DrawingTask`].
+        prompts (`int`, *optional*, defaults to `8`): Tasks a step.
+        group_size (`int`, *optional*, defaults to `8`): Pictures of each task.
+        scale (`int`, *optional*, defaults to `1`): Of the codes drawn.
+        weight (`float`, *optional*, defaults to `10`): Of the reward's loss, a mean over codes, to the supervised one.
+    """
+
+    model: RewardModelRecipe
+    tasks: str
+    prompts: int = 8
+    group_size: int = 8
+    scale: int = 1
+    weight: float | int = 10.0
+
+    def __post_init__(self):
+        if self.lora is not None:
+            raise RecipeError("the reward stage trains the whole language model: leave lora out")
+        if self.prompts < 1:
+            raise RecipeError(f"prompts must be at least 1, got {self.prompts}")
+        if self.group_size < 2:
+            raise RecipeError(f"group_size must be at least 2, since pictures are compared, got {self.group_size}")
+        if not self.weight > 0:
+            raise RecipeError(f"weight must be above 0, got {self.weight}")
+
+
+class RewardTrainer(LLMTrainer):
+    """
+    `LLMTrainer`, and in each step the reward's gradient beside that of the supervised rows.
+
+    Args:
+        pipe (`TarPipeline`): Draws with the model that is trained.
+        tasks (`Callable[[str], Iterator[DrawingTask]]`): What to draw, by a seed.
+        kwargs: Those of `LLMTrainer`.
+    """
+
+    metric_names = (*LLMTrainer.metric_names, "reward", "reward_spread", "entropy")
+
+    def __init__(self, *args, pipe: TarPipeline, tasks: Callable[[str], Iterator[DrawingTask]], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.pipe, self.tasks = pipe, tasks
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        reward_loss = self.recipe.weight * self._reward_loss() / self.args.gradient_accumulation_steps
+        self.accelerator.backward(reward_loss)
+        return loss + reward_loss.detach()
+
+    def _reward_loss(self):
+        """Of pictures that are drawn here: the mean over codes of minus advantage times log-likelihood."""
+        recipe, (step, batch) = self.recipe, self._place
+        tasks = list(islice(self.tasks(f"{self.args.seed}/{step}/{batch}"), recipe.prompts))
+        prompts, images = [task.prompt for task in tasks], [task.images for task in tasks]
+        self.model.eval()
+        drawn = self.pipe(
+            prompts,
+            images=images,
+            scale=recipe.scale,
+            num_images_per_prompt=recipe.group_size,
+            top_p=1.0,  # the whole distribution is what the gradient is of
+            top_k=0,
+            generator=self.row_generators(len(prompts) * recipe.group_size),
+        )
+        self.model.train()
+        rewards = [tasks[i // recipe.group_size].reward(picture) for i, picture in enumerate(drawn.images)]
+        advantages, spread = group_advantages(torch.tensor(rewards, dtype=torch.float32).view(len(tasks), -1))
+
+        with self.compute_loss_context_manager():
+            logits = self.pipe.code_logits(prompts, drawn.codes, images=images, scale=recipe.scale)
+        logs = logits.float().log_softmax(-1)
+        chosen = logs.gather(-1, drawn.codes.to(logs.device)[..., None])[..., 0]
+        self.track("reward", sum(rewards) / len(rewards))
+        self.track("reward_spread", spread.mean())
+        self.track("entropy", -(logs.detach().exp() * logs.detach()).sum(-1).mean())
+        return -(advantages.view(-1, 1).to(logs.device) * chosen).mean()
+
+
+def group_advantages(rewards: torch.FloatTensor) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+    """
+    Rewards (tasks, group) -> how many of its group's standard deviations each lies above the mean, and these (tasks,).
+
+    A little is added to the deviation, so that a group of almost equal rewards says almost nothing.
+    """
+    spread = rewards.std(1, correction=0)
+    return (rewards - rewards.mean(1, keepdim=True)) / (spread[:, None] + STEADY), spread
+
+
+def build(recipe: RewardRecipe) -> RewardTrainer:
+    """Everything that a run needs, as its recipe says. `RecipeError`, and the parts' own errors, for what is wrong."""
+    tasks = load_tasks(recipe.tasks)
+    trainer = llm.build(recipe, RewardTrainer, pipe=None, tasks=tasks)
+    if trainer.args.world_size > 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise RecipeError("the reward stage draws with the model that it trains, in one process: start a single one")
+    model = recipe.model
+    trainer.pipe = TarPipeline.around(
+        trainer.model, trainer.processing_class, model.base, ta_tok=model.ta_tok, detokenizer=model.detokenizer
+    ).to(trainer.args.device)
+    return trainer
+
+
+def load_tasks(name: str) -> Callable[[str], Iterator[DrawingTask]]:
+    """The function that a recipe names as `module:function`."""
+    module, colon, function = name.partition(":")
+    if not colon or not module or not function:
+        raise RecipeError(f"tasks must be module:function, got {name!r}")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"tasks: {name} cannot be loaded: {error}") from error
+
+
+def train(recipe: RewardRecipe) -> Path:
+    """Trains, and gives the folder with the language model, or the whole Tar repository."""
+    output = run(build(recipe))
+    copy_parts(recipe.model.base, output)
+    return output
