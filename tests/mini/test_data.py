@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tar_hf.mini import data, scorer, world
+from tar_hf.pipelines.tar_prompts import MATCHES
 from tar_hf.training.recipe import SourceRecipe
 from tar_hf.training.rows import read_images, read_row
 from tar_hf.training.sources import open_source
@@ -81,35 +82,42 @@ def test_what_is_told_belongs_to_the_scenes_split():
 
 
 def test_answers_to_pictures_are_about_them():
-    lengths, answers = Counter(), Counter()
+    lengths, answers, claims = Counter(), Counter(), Counter()
     for row in islice(data.conversations("test"), 300):
         turns = turns_of(row)
         assert all(world.split_of(world.scene_key(scene)) == "test" for scene in row["image"])
         (question, answer), *_ = turns
         if question == world.SIMILAR:
             assert scorer.same_things(*row["image"])
-        elif "but" in question:
+        elif "but" in question and answer == "<image>":
             assert {thing.color for thing in row["image"][1].things} == {question.split()[-1]}
+        elif "<image>" in question and len(row["image"]) == 2 and answer in ("yes", "no"):
+            claims[answer] += is_made_of(*row["image"], question) == (answer == "yes")
         elif "<image>" in question and answer != "<image>":
             (scene,) = row["image"]
             questions = [question.removeprefix("<image>\n"), *(question for question, _ in turns[1:])]
-            assert len(set(questions)) == len(questions) and "<image>" not in "".join(questions)
-            lengths[len(turns)] += 1
+            assert "<image>" not in "".join(questions)
+            if MATCHES[:20] not in questions[0]:
+                assert len(set(questions)) == len(questions)
+                lengths[len(turns)] += 1
             assert world.DESCRIBE not in questions or len(questions) == 1
             for question, (_, answer) in zip(questions, turns, strict=True):
                 answers[question, answer] += is_right(scene, question, answer)
         else:
             assert len(turns) == 1
     # A description alone, so that no answer behind can be read from it, or each kind of question up to four times.
-    assert lengths[1] == pytest.approx(0.4 * sum(lengths.values()), rel=0.3) and len(lengths) > 5
+    assert lengths[1] == pytest.approx(0.43 * sum(lengths.values()), rel=0.3) and len(lengths) > 5
     assert {question for question, _ in answers} >= {world.DESCRIBE, world.COUNT}
     assert all(answers.values()) and sum(answers.values()) > 200
+    assert all(claims[answer] > 3 for answer in ("yes", "no"))
 
 
 def is_right(scene, question, answer):
     """Of what can be told without a look at how questions are made."""
     if question == world.DESCRIBE:
         return answer == world.describe(scene)
+    if question.startswith(MATCHES[:20]):
+        return answer == ("yes" if fits(question, scene) else "no")
     if question == world.COUNT:
         return answer == world.NUMBERS[len(scene.things)]
     names = {f"{color} {shape}" for color, shape in scene.contents}
@@ -118,6 +126,61 @@ def is_right(scene, question, answer):
     if question.startswith("What color"):
         return any(name.split()[0] == answer and question.endswith(f"{name.split()[1]}?") for name in names)
     return answer == "nothing" or any(answer.endswith(name) for name in names)
+
+
+def fits(claim, scene):
+    """Whether a claim holds, read from its words."""
+    words = claim.removeprefix(MATCHES.split("{}")[0]).removesuffix(MATCHES.split("{}")[1])
+    numbers = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
+    for wording in sorted(world.WORDINGS, key=len, reverse=True):
+        before, after = wording.split("{}")
+        if words.startswith(before) and words.endswith(after):
+            words = words.removeprefix(before).removesuffix(after)
+            break
+    for background in world.BACKGROUNDS:
+        for form in world.BACKGROUND_WORDINGS:
+            if words.endswith(end := form.format("", background)):
+                words = words.removesuffix(end)
+                if scene.background != background:
+                    return False
+    things = Counter(scene.contents)
+    for relation in world.RELATIONS:
+        if f" {relation} " in words:
+            one, other = words.split(f" {relation} ")
+            return len(scene.things) == 2 and any(
+                is_named(a, one) and is_named(b, other) and world.holds(relation, a, b)
+                for a, b in (scene.things, scene.things[::-1])
+            )
+    groups = words.replace(" and ", ", ").split(", ")
+    named = Counter()
+    for group in groups:
+        number, *color, shape = group.split()
+        shape = shape.removesuffix("s") if numbers[number] > 1 else shape
+        there = sum(count for (c, s), count in things.items() if s == shape and color in ([], [c]))
+        if there != numbers[number]:
+            return False
+        named[shape] += numbers[number]
+    return named.total() == things.total()
+
+
+def is_named(thing, name):
+    _, *color, shape = name.split()
+    return thing.shape == shape and color in ([], [thing.color])
+
+
+def is_made_of(drawn, given, question):
+    """Whether a picture is what a prompt with another asks for, read from its words."""
+    if world.SIMILAR in question:
+        return drawn.contents == given.contents
+    if " but " in question:
+        return drawn == world.recolor(given, question.split(" but ")[1].split("?")[0])
+    name, relation = next(
+        (question.split(": ")[1].split(f" {relation} ")[0], relation)
+        for relation in world.RELATIONS
+        if f" {relation} <" in question
+    )
+    (new,) = set(drawn.things) - set(given.things)
+    return is_named(new, name) and world.holds(relation, new, given.things[0])
 
 
 def test_regions_are_where_things_are():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import GenerationConfig
 
 from tar_hf.conversion import convert_llm
 from tar_hf.conversion.assemble import assemble
@@ -261,6 +262,21 @@ def test_self_reflection_returns_the_best_candidate(pipe, picture):
     assert torch.equal(state, torch.get_rng_state())
     edited = pipe("<image> but blue", images=picture, scale=3, image_scale=3, self_reflect=2)
     assert edited.scores.shape == (1, 2)
+
+
+def test_self_reflection_is_the_models_own_unless_said_otherwise(pipe, tmp_path):
+    plain = pipe("a dog", scale=3, generator=seeds(2))
+    three = pipe("a dog", scale=3, self_reflect=3, generator=seeds(2))
+    assert pipe.default_self_reflect is None and plain.scores is None
+    pipe.model.generation_config.self_reflect = 3
+    try:
+        assert torch.equal(pipe("a dog", scale=3, generator=seeds(2)).codes, three.codes)
+        assert torch.equal(pipe("a dog", scale=3, self_reflect=1, generator=seeds(2)).codes, plain.codes)
+        pipe.model.save_pretrained(tmp_path)
+        pipe.generate_text("Hello", max_new_tokens=2)
+    finally:
+        del pipe.model.generation_config.self_reflect
+    assert GenerationConfig.from_pretrained(tmp_path).self_reflect == 3
 
 
 def test_text_holds_no_visual_tokens(pipe, picture):

@@ -26,7 +26,10 @@ def add_parser(commands):
     parser.add_argument("--seed", type=seed, default=0, help="of what is asked and drawn; default 0")
     parser.add_argument("--scale", type=int, choices=(1, 2, 3), default=1, help="of all codes; default 1")
     parser.add_argument(
-        "--self-reflect", type=count, metavar="N", help="candidates that the model chooses from; default: none"
+        "--self-reflect",
+        type=count,
+        metavar="N",
+        help="candidates that the model chooses from; default: as the model says, 1 is off",
     )
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default test")
     parser.add_argument(

@@ -41,7 +41,10 @@ def add_parser(commands):
     parser.add_argument("--top-p", type=share, default=0.95, metavar="P", help="1 is no limit; default 0.95")
     parser.add_argument("--top-k", type=limit, default=1200, metavar="K", help="0 is no limit; default 1200")
     parser.add_argument(
-        "--self-reflect", type=count, metavar="N", help="draw N candidates each, and keep what the model finds best"
+        "--self-reflect",
+        type=count,
+        metavar="N",
+        help="draw N candidates each, and keep what the model finds best; default: as the model says, 1 is off",
     )
     parser.add_argument(
         "--jacobi-window",

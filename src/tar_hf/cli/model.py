@@ -76,6 +76,8 @@ def load_model(arguments, *parts: str):
         raise OSError(f"{loading} could not be loaded: {reason}") from error
     if "detokenizer" in parts and getattr(arguments, "guidance_scale", 0) is None:
         arguments.guidance_scale = pipe.default_guidance_scale  # so that files say what drew them
+    if "detokenizer" in parts and getattr(arguments, "self_reflect", 0) is None:
+        arguments.self_reflect = pipe.default_self_reflect
     if "detokenizer" in parts and hasattr(pipe.detokenizer, "set_progress_bar_config"):
         pipe.detokenizer.set_progress_bar_config(disable=True)  # its steps are in our own bars
     return pipe

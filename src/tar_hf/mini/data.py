@@ -13,8 +13,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tar_hf.mini import world
+from tar_hf.mini import scorer, world
 from tar_hf.mini.world import CANVAS, COLORS, RELATIONS, SHAPES, Scene
+from tar_hf.pipelines.tar_prompts import MATCHES
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 REGION = pa.struct([("text", pa.string()), ("box", pa.list_(pa.float32()))])
@@ -27,9 +28,10 @@ SCHEMA = pa.schema(
     ]
 )
 ROWS_PER_GROUP = 500
+CLAIMS = 4  # about one picture
 
 # What the assistant does, and how often.
-TASKS = {"text_to_image": 14, "image_to_text": 8, "text_to_text": 1, "image_to_image": 3, "text_image_to_image": 3}
+TASKS = {"text_to_image": 14, "image_to_text": 10, "text_to_text": 1, "image_to_image": 3, "text_image_to_image": 3}
 
 
 def png(scene: Scene) -> bytes:
@@ -109,18 +111,78 @@ def _text_to_image(draw, samples, scenes):
 
 def _image_to_text(draw, samples, scenes):
     """
-    The description, or many other questions, since a picture's codes are most of what the row costs.
+    The description, or whether it matches prompts, or many other questions, since a picture's codes are most of what
+    the row costs.
 
-    Not both: behind a description all answers can be read from it, and nothing has to be seen.
+    One of the three: behind a description all answers can be read from it, and nothing has to be seen.
     """
+    kind = draw.random()
+    if kind < 0.1:
+        return _claim_of_two(draw, samples, scenes)
+    if kind < 0.3:
+        claims = []
+        while not claims:
+            scene = next(samples)[2] if draw.random() < 0.5 else next(scenes)
+            claims = _claims(scene, draw)
+        first, *texts = (text for claim in claims for text in claim)
+        return [scene], f"<image>\n{first}", *texts
     scene = next(scenes)
-    if draw.random() < 0.4:
+    if kind < 0.6:
         return [scene], f"<image>\n{world.DESCRIBE}", world.describe(scene)
     rounds = [world.questions(scene, draw) for _ in range(4)]
     asked = {question: answer for turns in rounds for kind, question, answer in turns if kind != "description"}
     turns = draw.sample(list(asked.items()), len(asked))
     first, *texts = (text for turn in turns for text in turn)
     return [scene], f"<image>\n{first}", *texts
+
+
+def _claims(scene, draw):
+    """
+    Questions whether the picture matches a prompt, as the pipeline asks of what it has drawn; yes or no by turns.
+
+    Of those that belong to the scene's split there may be few, or none.
+    """
+    split = world.split_of(world.scene_key(scene))
+    right = draw.random() < 0.5
+    claims = []
+    for _ in range(50):
+        wish = world.claim(scene, draw)
+        while not right and scorer.fulfils(scene, wish):
+            wish = world.altered(wish, draw)
+        if prompt := world.say(wish, split, draw):
+            claims.append((MATCHES.format(prompt), "yes" if right else "no"))
+            right = draw.random() < 0.5
+        if len(claims) == CLAIMS:
+            break
+    return claims
+
+
+def _claim_of_two(draw, samples, scenes):
+    """Whether one picture is what a prompt with another asks for."""
+    right = draw.random() < 0.5
+    maker = _image_to_image if draw.random() < 0.5 else _text_image_to_image
+    (given, drawn), prompt, _ = maker(draw, samples, scenes)
+    if not right and prompt == world.SIMILAR:
+        given = world.changed(given, draw)
+    elif not right:
+        prompt = _other_prompt(prompt, given, drawn, draw)
+    return [drawn, given], f"<image>\n{MATCHES.format(prompt)}", "yes" if right else "no"
+
+
+def _other_prompt(prompt, given, drawn, draw):
+    """One that the picture is not what is asked for by: another color, place or shape."""
+    if " but " in prompt:
+        there = {thing.color for thing in drawn.things}
+        return world.RECOLOR.format(draw.choice([color for color in COLORS if color not in there]))
+    new = next(thing for thing in drawn.things if thing not in given.things)
+    others = [
+        (shape, relation)
+        for shape in SHAPES
+        for relation in RELATIONS
+        if not (shape == new.shape and world.holds(relation, new, given.things[0]))
+    ]
+    shape, relation = draw.choice(others)
+    return world.BESIDE.format(world.article(shape), relation)
 
 
 def _text_to_text(draw, samples, scenes):

@@ -92,7 +92,8 @@ def evaluate(
         callback (*optional*): Called with the measure, what of it is done, and all; `False` interrupts.
         name (`str`, *optional*): What the settings call the system.
         scale (`int`, *optional*, defaults to `1`): Of the codes of all pictures, read and drawn.
-        self_reflect (`int`, *optional*): Candidates of which the system itself chooses the picture of a prompt.
+        self_reflect (`int`, *optional*): Candidates of which the system itself chooses the picture of a prompt. By
+            default as many as its own settings say.
 
     Returns:
         `dict`: `scores` by measure, in 0..1, `None` where the split has nothing to ask (training holds no `unseen`);
@@ -103,7 +104,7 @@ def evaluate(
         raise ValueError(f"count must be a positive number, got {count}")
     start = time.perf_counter()
     right, samples = {}, []
-    drawing = {"scale": scale, "self_reflect": self_reflect}
+    drawing = {"scale": scale, "self_reflect": pipe.default_self_reflect if self_reflect is None else self_reflect}
     for measure, tasks in _tasks(split, seed, count):
         drawn = _draw(pipe, measure, tasks, seed, drawing, callback)
         right[measure] = [sample.right for sample in drawn]

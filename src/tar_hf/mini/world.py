@@ -281,6 +281,65 @@ def _where(scene, draw):
     return draw.choice(options) if options else None
 
 
+# What can be claimed
+
+
+def claim(scene: Scene, draw: random.Random) -> Wish:
+    """A wish that the scene fulfils: all its things, with the colors of each shape or without, maybe their places."""
+    things = list(scene.things)
+    colored = {shape: draw.random() < 0.5 for shape in SHAPES}
+    background = scene.background if draw.random() < 0.3 else None
+    if len(things) == 2 and draw.random() < 0.5:
+        draw.shuffle(things)
+        relations = [relation for relation in RELATIONS if holds(relation, *things)]
+        if relations and scene.contents[things[0].color, things[0].shape] == 1:
+            if things[0].shape == things[1].shape:  # told apart by their colors
+                colored[things[0].shape] = True
+            groups = tuple((1, thing.color if colored[thing.shape] else None, thing.shape) for thing in things)
+            return Wish(groups, draw.choice(relations), background)
+    counts = Counter((thing.color if colored[thing.shape] else None, thing.shape) for thing in things)
+    groups = [(count, *pair) for pair, count in counts.items()]
+    draw.shuffle(groups)
+    return Wish(tuple(groups), background=background)
+
+
+def altered(wish: Wish, draw: random.Random) -> Wish:
+    """The wish with one word of it another: a number, color, shape, place or canvas, or with a group more or less."""
+    while True:
+        groups, relation, background = list(wish.groups), wish.relation, wish.background
+        i = draw.randrange(len(groups))
+        count, color, shape = groups[i]
+        change = draw.choice(("count", "count", "color", "shape", "more", "less", "relation", "background"))
+        if change == "count":
+            groups[i] = (count + draw.choice((-1, 1)), color, shape)
+        elif change == "color" and color:
+            groups[i] = (count, draw.choice(list(COLORS)), shape)
+        elif change == "shape":
+            groups[i] = (count, color, draw.choice(SHAPES))
+        elif change == "more":
+            new = (1, draw.choice(list(COLORS)) if color else None, draw.choice(SHAPES))
+            groups.insert(draw.randint(0, len(groups)), new)
+        elif change == "less":
+            del groups[i]
+        elif change == "relation" and relation:
+            relation = draw.choice(list(RELATIONS))
+        elif change == "background" and background:
+            background = draw.choice(list(BACKGROUNDS))
+        other = Wish(tuple(groups), relation, background)
+        if other != wish and _can_be_said(other):
+            return other
+
+
+def _can_be_said(wish):
+    """Whether counting decides who is meant: no group is part of another, and only single things stand in relation."""
+    colors = {}
+    for _, color, shape in wish.groups:
+        colors.setdefault(shape, []).append(color)
+    clear = all(len(set(of)) == len(of) and (None not in of or len(of) == 1) for of in colors.values())
+    single = wish.relation is None or [count for count, _, _ in wish.groups] == [1, 1]
+    return bool(wish.groups) and clear and single and all(count in NUMBERS for count, _, _ in wish.groups)
+
+
 # Image to image
 
 
@@ -292,6 +351,19 @@ BESIDE = "{} {} <image>"
 def similar(scene: Scene, draw: random.Random) -> Scene:
     """The same things in other places."""
     return Scene(tuple(place([(thing.shape, thing.color) for thing in scene.things], draw)), scene.background)
+
+
+def changed(scene: Scene, draw: random.Random) -> Scene:
+    """With other contents: one thing of another color or shape, or missing where there are several."""
+    i = draw.randrange(len(scene.things))
+    thing = scene.things[i]
+    others = [
+        (replace(thing, color=draw.choice([color for color in COLORS if color != thing.color])),),
+        (replace(thing, shape=draw.choice([shape for shape in SHAPES if shape != thing.shape])),),
+    ]
+    if len(scene.things) > 1:
+        others.append(())
+    return replace(scene, things=(*scene.things[:i], *draw.choice(others), *scene.things[i + 1 :]))
 
 
 def recolor(scene: Scene, color: str) -> Scene:
@@ -376,8 +448,12 @@ def tell(scene: Scene, draw: random.Random) -> str | None:
     groups = [(count, color, shape) for (color, shape), count in scene.contents.items()]
     draw.shuffle(groups)
     wish = Wish(tuple(groups), background=scene.background if draw.random() < 0.6 else None)
+    return say(wish, split_of(scene_key(scene)), draw)
+
+
+def say(wish: Wish, split: str, draw: random.Random) -> str | None:
+    """A prompt for a wish in some wording, unless it belongs to another split."""
     prompt = draw.choice(WORDINGS).format(phrase(wish, draw.randrange(len(BACKGROUND_WORDINGS))))
-    split = split_of(scene_key(scene))
     return prompt if (split_of(prompt) == split if few_combinations(wish) else belongs(wish, split)) else None
 
 

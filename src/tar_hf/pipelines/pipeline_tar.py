@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .tar_prompts import IMAGE, SYSTEM, as_lists, check_prompts, check_text, user_turns
+from .tar_prompts import IMAGE, MATCHES, SYSTEM, as_lists, check_prompts, check_text, user_turns
 from .tar_repository import PARTS_FILE, RepoFolder, local_folder, named_model, write_pipeline_code
 from .tar_sampling import Callback, TextOnly, Watch, known_options, make_generators, report, watch_pixels
 
@@ -436,6 +436,12 @@ class TarPipeline:
         settings = getattr(self.detokenizer, "generation_config", None)
         return getattr(settings, "guidance_scale", None) or 4.0
 
+    @property
+    def default_self_reflect(self) -> int | None:
+        """How many candidates a call draws unless it says otherwise: `self_reflect` in the language model's
+        `generation_config`."""
+        return getattr(self.model.generation_config, "self_reflect", None)
+
     def __call__(
         self,
         prompt: str | list[str],
@@ -468,7 +474,8 @@ class TarPipeline:
             do_sample, temperature, top_p, top_k: How the language model draws codes. `top_k=0` is no limit.
             guidance_scale (`float`, *optional*): Of the de-tokenizer, see `default_guidance_scale`; 1 turns it off.
             self_reflect (`int`, *optional*): Draws so many candidates for each image, lets the language model judge
-                them by their codes, and only turns the best into pixels: the paper's self-reflection.
+                them by their codes, and only turns the best into pixels: the paper's self-reflection. 1 turns it off,
+                and by default it is as `default_self_reflect` says.
             jacobi_window (`int`, *optional*): Draws so many codes, and VQ tokens of AR-DTok, at once, and keeps what
                 drawing one by one would have drawn: the same images in fewer steps, see `jacobi_decode`.
             generator (`torch.Generator` or a list with one for each image, *optional*): Source of all draws.
@@ -479,6 +486,7 @@ class TarPipeline:
         """
         prompts, images, _ = as_lists(prompt, images)
         check_prompts(prompts, images)
+        self_reflect = self.default_self_reflect if self_reflect is None else self_reflect
         for name, value in (("num_images_per_prompt", num_images_per_prompt), ("self_reflect", self_reflect or 1)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
@@ -633,7 +641,7 @@ class TarPipeline:
         scores = []
         for i, row in enumerate(codes):
             prompt, given = requests[i // candidates]
-            question = f"{IMAGE}\nDoes this image match the description: {prompt}? Answer yes or no."
+            question = f"{IMAGE}\n{MATCHES.format(prompt)}"
             ids, mask = self._pad([self._prompt_ids(user_turns(question), [row, *given])])
             logits = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1).logits[0, -1].float()
             yes, no = (logits[list(ids)].logsumexp(-1) for ids in answers)

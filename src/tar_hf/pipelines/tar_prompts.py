@@ -7,6 +7,7 @@ import re
 
 SYSTEM = "You are a helpful assistant."
 IMAGE = "<image>"
+MATCHES = "Does this image match the description: {}? Answer yes or no."  # what a drawn image is judged by
 VISUAL_TEXT = re.compile(r"<I\d+>|<im_start>|<im_end>")
 
 

@@ -45,6 +45,8 @@ class LLMModelRecipe:
         num_scales (`int`, *optional*, defaults to `3`): Scale tokens that a base without visual tokens gets.
         dtype (`str`, *optional*, defaults to `"float32"`): Of the weights in training and of the files. With
             `training.bf16` float32 weights compute in bfloat16 nevertheless.
+        self_reflect (`int`, *optional*): How many candidates the trained model draws, and chooses from by its own
+            judgement, unless a call says otherwise. By default as the base; 1 is none.
         attn_implementation (`str`, *optional*): `eager`, `sdpa`, `flash_attention_2`; by default the library's choice.
     """
 
@@ -53,9 +55,12 @@ class LLMModelRecipe:
     init: str | None = None
     num_scales: int = 3
     dtype: str = "float32"
+    self_reflect: int | None = None
     attn_implementation: str | None = None
 
     def __post_init__(self):
+        if self.self_reflect is not None and self.self_reflect < 1:
+            raise RecipeError(f"model.self_reflect must be at least 1, got {self.self_reflect}")
         if self.dtype not in DTYPES:
             raise RecipeError(f"model.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.num_scales < 1:
@@ -218,6 +223,8 @@ def load_language_model(
     model, tokenizer = load_base(recipe.base, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation)
     # The code that the entry is about belongs to a whole Tar repository; `copy_parts` adds both.
     vars(model.config).pop("custom_pipelines", None)
+    if recipe.self_reflect is not None:
+        model.generation_config.self_reflect = recipe.self_reflect
     if not _has_visual_tokens(tokenizer):
         set_seed(seed)
         return model, tokenizer, _expand(recipe, tokenizer, model)
