@@ -60,6 +60,17 @@ def test_overfits_a_batch_and_the_repository_draws_and_tells_it(llm_recipe, llm_
     assert "with the image tokenizer (`ta_tok/`)" in (output / "README.md").read_text()
 
 
+def test_a_trained_model_says_how_many_candidates_it_draws(llm_recipe, tar_repo):
+    output = train(llm_recipe("out", "model.self_reflect=2", max_steps=1))
+    pipe = TarPipeline.from_pretrained(output)
+    assert pipe.default_self_reflect == 2 and TarPipeline.from_pretrained(tar_repo).default_self_reflect is None
+    assert pipe("A cat.", scale=3).scores.shape == (1, 2)
+    further = train(llm_recipe("further", base=output, max_steps=1))
+    assert TarPipeline.from_pretrained(further).default_self_reflect == 2
+    with pytest.raises(RecipeError, match="self_reflect must be at least 1"):
+        llm_recipe("other", "model.self_reflect=0")
+
+
 def test_a_killed_run_goes_on_as_an_unbroken_one(llm_recipe, kill, tmp_path):
     steps = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     unbroken = trained(llm_recipe("unbroken", **steps))

@@ -225,6 +225,8 @@ def load_language_model(
     vars(model.config).pop("custom_pipelines", None)
     if recipe.self_reflect is not None:
         model.generation_config.self_reflect = recipe.self_reflect
+        # The library forgets what it does not know in a configuration that it has made of the model's.
+        model.generation_config._from_model_config = False
     if not _has_visual_tokens(tokenizer):
         set_seed(seed)
         return model, tokenizer, _expand(recipe, tokenizer, model)
