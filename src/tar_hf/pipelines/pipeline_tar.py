@@ -639,14 +639,13 @@ class TarPipeline:
         """
         answers = [self._single_ids(words) for words in (("yes", "Yes"), ("no", "No"))]
         scores = []
-        for i, row in enumerate(codes):
-            prompt, given = requests[i // candidates]
+        for (prompt, given), drawn in zip(requests, codes.split(candidates), strict=True):
             question = f"{IMAGE}\n{MATCHES.format(prompt)}"
-            ids, mask = self._pad([self._prompt_ids(user_turns(question), [row, *given])])
-            logits = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1).logits[0, -1].float()
-            yes, no = (logits[list(ids)].logsumexp(-1) for ids in answers)
+            ids, mask = self._pad([self._prompt_ids(user_turns(question), [row, *given]) for row in drawn])
+            logits = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1).logits[:, -1].float()
+            yes, no = (logits[:, list(ids)].logsumexp(-1) for ids in answers)
             scores.append((yes - no).sigmoid())
-        return torch.stack(scores).view(-1, candidates).cpu()
+        return torch.stack(scores).cpu()
 
     def _single_ids(self, words):
         """First tokens of the words, which differ from tokenizer to tokenizer."""

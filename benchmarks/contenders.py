@@ -1,0 +1,170 @@
+"""What `stages.py` times of this package, and the floors below it. Runs as a process of its own, see `worker.py`.
+
+A stage is a function of the options that loads what it needs and gives its cases: name -> call -> seconds. A floor is
+the arithmetic that no implementation of the stage gets around, by the plainest call of the library, in this process.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaList
+
+STEPS = 16  # tokens that are timed behind the first
+
+
+def seconds(call) -> float:
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def random(*shape, dtype=torch.float32, device="cpu"):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def ta_tok(options):
+    """Images to codes, and codes to features."""
+    from tar_hf import TATokModel
+
+    model = TATokModel.from_pretrained(options["folder"], dtype=getattr(torch, options["dtype"])).eval()
+    model.to(options["device"])
+    if options["compile"]:
+        model.encoder.compile()
+    side, batch, scale = model.config.encoder_config.image_size, options["batch"], options["scale"]
+    pixels = random(batch, 3, side, side, dtype=model.dtype, device=model.device).clamp(-1, 1)
+    codes = model.encode(pixels, scale=scale)
+    codebook = model.codebook
+    rows = random(codes.numel(), codebook.shape[1], dtype=codebook.dtype, device=model.device)
+    vectors = codebook[codes]
+
+    def decoder():
+        grid = round(codes.shape[1] ** 0.5)
+        model.decoder(vectors.mT.unflatten(2, (grid, grid)))
+
+    cases = {
+        "encode": lambda: model.encode(pixels, scale=scale),
+        "encode floor": lambda: (model.encoder(pixels), [(part @ codebook.mT).argmax(-1) for part in rows.split(729)]),
+        "features": lambda: model.decode(codes),
+        "features floor": decoder if options["floor_decoder"] else None,
+    }
+    return timed({name: call for name, call in cases.items() if call})
+
+
+def ar_detok(options):
+    """The first token behind the condition, each one after it, and VQ tokens to pixels."""
+    from tar_hf import ARDeTokForCausalLM
+
+    model = ARDeTokForCausalLM.from_pretrained(options["folder"], dtype=getattr(torch, options["dtype"])).eval()
+    model.to(options["device"])
+    config, batch = model.config, options["batch"]
+    condition = random(batch, options["tokens"], config.condition_size, dtype=model.dtype, device=model.device)
+    settings = {"guidance_scale": options["guidance"], "generator": torch.Generator().manual_seed(0)}
+
+    def draw(count):
+        stop = StoppingCriteriaList([MaxLengthCriteria(count)])
+        model.generate(condition, stopping_criteria=stop, **settings)
+
+    rows = batch * (2 if options["guidance"] > 1 else 1)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    ids = torch.zeros(batch, config.num_image_tokens, dtype=torch.long, device=model.device)
+    cases = timed(
+        {
+            "prefill": lambda: draw(1),
+            "prefill floor": lambda: products(linears, rows * options["tokens"]),
+            "token floor": lambda: products(linears, rows),
+            "pixels": lambda: model.decode_ids(ids),
+        }
+    )
+    cases["token"] = per_token(draw)
+    return cases
+
+
+def llm(options):
+    """One code of an image, against the library's own generation with the whole output layer."""
+    from tar_hf import TarPipeline
+
+    pipe = TarPipeline.from_pretrained(options["folder"], dtype=getattr(torch, options["dtype"]))
+    model = pipe.to(options["device"]).model
+    row = pipe._prompt_ids([("user", "A photo of a macaw")], [], drawing=options["scale"])
+    uniform = torch.rand(options["batch"], STEPS + 1)
+    sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 1200}
+    ids = torch.tensor([row] * options["batch"], device=model.device)
+
+    def library(count):
+        config = GenerationConfig(**sampling, max_new_tokens=count, min_new_tokens=count, pad_token_id=0)
+        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+
+    linears = [module for module in model.get_decoder().modules() if isinstance(module, nn.Linear)]
+    return {
+        **timed({"code floor": lambda: products(linears, options["batch"])}),
+        "code": per_token(lambda count: pipe._draw_codes([row], uniform[:, :count], **sampling)),
+        "code by model.generate": per_token(library),
+    }
+
+
+def load(options):
+    """A repository until its weights can be used, and its file's bytes alone."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    import tar_hf  # noqa: F401  (registers the classes)
+
+    folder = Path(options["folder"])
+    kind = AutoModel if options["part"] == "ta_tok" else AutoModelForCausalLM
+    files = sorted(folder.glob("*.safetensors"))
+
+    def use():
+        model = kind.from_pretrained(folder)
+        sum(parameter.flatten()[:: 2**9].sum().item() for parameter in model.parameters())  # touches every page
+
+    def read():
+        for file in files:
+            with file.open("rb", buffering=0) as stream:
+                buffer = bytearray(2**24)
+                while stream.readinto(buffer):
+                    pass
+
+    return timed({"load": use, "load floor": read})
+
+
+def whole(options):
+    """A picture from a prompt, and a description of a picture, with all parts loaded."""
+    from PIL import Image
+
+    from tar_hf import TarPipeline
+
+    pipe = TarPipeline.from_pretrained(options["folder"], dtype=getattr(torch, options["dtype"])).to(options["device"])
+    photo = Image.linear_gradient("L").convert("RGB")
+    generator = torch.Generator(options["device"])
+    prompt, scale = "a red circle", options["scale"]
+    return timed(
+        {
+            "picture": lambda: pipe([prompt] * options["batch"], scale=scale, generator=generator.manual_seed(0)),
+            "description": lambda: pipe.generate_text(
+                "Describe the image shortly.", images=photo, scale=scale, max_new_tokens=16, min_new_tokens=16
+            ),
+        }
+    )
+
+
+def timed(cases):
+    return {name: (lambda call=call: seconds(call)) for name, call in cases.items()}
+
+
+def per_token(draw):
+    """Seconds for a token behind the first, of a function that draws so many."""
+    return lambda: (seconds(lambda: draw(STEPS + 1)) - seconds(lambda: draw(1))) / STEPS
+
+
+def products(linears, rows):
+    """Each layer's matrix product for so many rows, and nothing between them."""
+    for linear in linears:
+        weight = linear.weight
+        F.linear(weight.new_zeros(rows, weight.shape[1]), weight)
+
+
+STAGES = {"ta-tok": ta_tok, "ar-detok": ar_detok, "llm": llm, "load": load, "whole": whole}
