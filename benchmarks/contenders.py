@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 STEPS = 16  # tokens that are timed behind the first
 
@@ -21,6 +21,16 @@ def seconds(call) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+class After(StoppingCriteria):
+    """Ends an image after so many tokens."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __call__(self, input_ids, scores, **options):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.count, device=input_ids.device)
 
 
 def random(*shape, dtype=torch.float32, device="cpu"):
@@ -42,17 +52,17 @@ def ta_tok(options):
     rows = random(codes.numel(), codebook.shape[1], dtype=codebook.dtype, device=model.device)
     vectors = codebook[codes]
 
-    def decoder():
-        grid = round(codes.shape[1] ** 0.5)
-        model.decoder(vectors.mT.unflatten(2, (grid, grid)))
-
-    cases = {
-        "encode": lambda: model.encode(pixels, scale=scale),
-        "encode floor": lambda: (model.encoder(pixels), [(part @ codebook.mT).argmax(-1) for part in rows.split(729)]),
-        "features": lambda: model.decode(codes),
-        "features floor": decoder if options["floor_decoder"] else None,
-    }
-    return timed({name: call for name, call in cases.items() if call})
+    return timed(
+        {
+            "encode": lambda: model.encode(pixels, scale=scale),
+            "encode floor": lambda: (
+                model.encoder(pixels),
+                [(part @ codebook.mT).argmax(-1) for part in rows.split(729)],
+            ),
+            "features": lambda: model.decode(codes),
+            "features floor": lambda: model.decoder(vectors),
+        }
+    )
 
 
 def ar_detok(options):
@@ -66,8 +76,7 @@ def ar_detok(options):
     settings = {"guidance_scale": options["guidance"], "generator": torch.Generator().manual_seed(0)}
 
     def draw(count):
-        stop = StoppingCriteriaList([MaxLengthCriteria(count)])
-        model.generate(condition, stopping_criteria=stop, **settings)
+        model.generate(condition, stopping_criteria=StoppingCriteriaList([After(count)]), **settings)
 
     rows = batch * (2 if options["guidance"] > 1 else 1)
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -80,7 +89,7 @@ def ar_detok(options):
             "pixels": lambda: model.decode_ids(ids),
         }
     )
-    cases["token"] = per_token(draw)
+    cases["token"] = per_token(draw, min(STEPS, config.num_image_tokens - 1))
     return cases
 
 
@@ -155,9 +164,9 @@ def timed(cases):
     return {name: (lambda call=call: seconds(call)) for name, call in cases.items()}
 
 
-def per_token(draw):
+def per_token(draw, steps=STEPS):
     """Seconds for a token behind the first, of a function that draws so many."""
-    return lambda: (seconds(lambda: draw(STEPS + 1)) - seconds(lambda: draw(1))) / STEPS
+    return lambda: (seconds(lambda: draw(steps + 1)) - seconds(lambda: draw(1))) / steps
 
 
 def products(linears, rows):

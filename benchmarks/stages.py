@@ -105,7 +105,6 @@ def run(arguments, setting: dict) -> list[dict]:
         "guidance": arguments.guidance,
         "threads": arguments.threads,
         "compile": arguments.compile,
-        "floor_decoder": True,
         "sources": str(arguments.sources.resolve()) if arguments.sources else None,
         "path": [str(HERE)],
         "batch": 1,
