@@ -12,7 +12,8 @@ from tar_hf import TarPipeline
 from tar_hf.mini import WEIGHTS
 
 PACKAGE = WEIGHTS.parents[1]
-MEGABYTES = 20
+MEGABYTES = 20  # without the code
+OF_A_RUN = ("trainer_state.json",)  # what training leaves beside the system
 
 
 def ship(source: Path, target: Path = WEIGHTS / "tar-mini"):
@@ -22,10 +23,10 @@ def ship(source: Path, target: Path = WEIGHTS / "tar-mini"):
     Raises `ValueError` for one that is too large, or whose code is not this version's; nothing is changed then.
     """
     TarPipeline.from_pretrained(source)  # a Tar repository
-    files = sorted(file for file in source.rglob("*") if file.is_file())
-    if (size := sum(file.stat().st_size for file in files)) > MEGABYTES * 2**20:
-        raise ValueError(f"expected at most {MEGABYTES} MiB, got {size / 2**20:.1f} in {source}")
+    files = sorted(file for file in source.rglob("*") if file.is_file() and file.name not in OF_A_RUN)
     code = {file: own_file(file) for file in files if file.suffix == ".py"}
+    if (size := sum(file.stat().st_size for file in files if file not in code)) > MEGABYTES * 1e6:
+        raise ValueError(f"expected at most {MEGABYTES} MB, got {size / 1e6:.1f} in {source}")
     shutil.rmtree(target, ignore_errors=True)
     for file in files:
         place = target / file.relative_to(source)
@@ -34,7 +35,7 @@ def ship(source: Path, target: Path = WEIGHTS / "tar-mini"):
             place.symlink_to(os.path.relpath(code[file], place.parent))
         else:
             shutil.copyfile(file, place)
-    print(f"{target}: {size / 2**20:.1f} MiB")
+    print(f"{target}: {size / 1e6:.1f} MB")
 
 
 def own_file(file: Path) -> Path:

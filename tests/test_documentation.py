@@ -63,7 +63,8 @@ def test_readme_commands(golden, tmp_path, monkeypatch, capsys):
     (tmp_path / recipe[0]).write_text(recipe[1])
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = [line.removeprefix(".venv/bin/") for block in blocks for line in block.splitlines()]
+    commands = [command for block in blocks for line in block.splitlines() for command in line.split(" && ")]
+    lines = [command.removeprefix(".venv/bin/") for command in commands]
     lines = [line for line in lines if line.startswith("tar-hf ")]
     assert len(lines) >= 10
     for line in lines:
@@ -73,7 +74,7 @@ def test_readme_commands(golden, tmp_path, monkeypatch, capsys):
         # In tests the Hub is out of reach: tests/pipelines/test_tar_on_the_hub.py pushes to a stand-in.
         assert main(arguments) == (2 if arguments[0] == "push" else 0), (line, capsys.readouterr().err)
     assert "HF_HUB_OFFLINE" in capsys.readouterr().err
-    for name in ("macaw.png", "animals-sheet.png", "decoded/0.png", "circle.png"):
+    for name in ("macaw.png", "animals-sheet.png", "decoded/0.png", "circle.png", "green.png", "tuned.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.format == "PNG"
 

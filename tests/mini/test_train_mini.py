@@ -8,7 +8,9 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from tar_hf import TarPipeline
 from tar_hf.cli.main import main
@@ -50,7 +52,8 @@ def test_all_stages_of_tiny_models(tmp_path, monkeypatch):
     pipe = TarPipeline.from_pretrained(folder)
     assert pipe("a red circle").images[0].size == (24, 24)
     assert isinstance(pipe.generate_text(world.COUNT, images=world.render(next(world.scenes("test")))), str)
-    assert str(pipe.model.dtype) == "torch.bfloat16" and str(pipe.decoder.dtype) == "torch.float32"
+    stored = load_file(folder / "model.safetensors").values()
+    assert {tensor.dtype for tensor in stored} == {torch.bfloat16} and pipe.model.dtype == torch.float32
     found = gates(out)
     assert list(found) == list(STAGES) and all(entry["passed"] for entry in found.values())
     assert found["codes"]["missing_rows"] == 0 and found["vq"]["needed"] == {"reconstruction": "at least 0"}

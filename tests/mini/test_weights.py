@@ -19,9 +19,17 @@ from tar_hf.mini import tar_mini_folder
 from tar_hf.mini.evaluate import evaluate
 from tar_hf.pipelines.tar_repository import PARTS_FILE
 
-LEAST = {}
+LEAST = {
+    "single_object": 0.75,
+    "colors": 0.8,
+    "color_attribution": 0.3,
+    "generation": 0.48,
+    "reconstruction": 0.4,
+    "answers_color": 0.85,
+    "answers_presence": 0.75,
+    "understanding": 0.75,
+}
 SHIPPED = (tar_hf.mini.WEIGHTS / "tar-mini" / "config.json").is_file()
-MEGABYTE = 2**20
 
 
 @pytest.fixture
@@ -41,14 +49,16 @@ def test_what_this_copy_of_the_package_has():
         return
     folder = tar_mini_folder()
     files = [file for file in folder.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) <= 20 * MEGABYTE
+    # Its code is the package's, once more where links become copies.
+    assert sum(file.stat().st_size for file in files if file.suffix != ".py") <= 20e6
     assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen2"
     assert not {".bin", ".pt", ".pth", ".pkl"} & {file.suffix for file in files}
     parts = json.loads((folder / PARTS_FILE).read_text())
     assert parts == {"ta_tok": "ta_tok", "detokenizer": "detokenizer"}
     pipe = TarPipeline.from_pretrained("tar-mini")
     picture = pipe("a red circle", generator=torch.Generator().manual_seed(0)).images[0]
-    assert picture.size == (96, 96) and pipe.model.dtype == torch.bfloat16
+    assert picture.size == (96, 96)
+    assert {part.dtype for part in (pipe.model, pipe.decoder, pipe.detokenizer)} == {torch.float32}
     assert pipe.generate_text("Describe the image shortly.", images=picture, max_new_tokens=8)
 
 

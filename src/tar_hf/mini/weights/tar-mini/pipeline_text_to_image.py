@@ -1,0 +1,1 @@
+../../../pipelines/pipeline_text_to_image.py
