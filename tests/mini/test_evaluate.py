@@ -22,6 +22,8 @@ from tar_hf.pipelines.tar_sampling import Interrupted
 class Knowing:
     """Draws what prompts ask for, and answers from what it reads off pictures."""
 
+    default_self_reflect = None
+
     def __init__(self, split="test", seeds=(0,)):
         streams = [world.samples(split, seed, kind) for seed in seeds for kind in (*world.KINDS, None)]
         self.wishes = {prompt: wish for stream in streams for prompt, wish, _ in islice(stream, 40)}
