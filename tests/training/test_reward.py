@@ -133,6 +133,15 @@ def test_a_killed_run_goes_on_as_an_unbroken_one(reward_recipe, kill, tmp_path):
         assert resumed == pytest.approx(unbroken, abs=1e-5)
 
 
+def test_a_model_that_chooses_by_default_is_trained_on_all_that_it_draws(reward_recipe):
+    losses = []
+    for candidates in (1, 3):
+        trainer = build(reward_recipe("out", f"model.self_reflect={candidates}"))
+        trainer.model.train()
+        losses.append(trainer._reward_loss().item())
+    assert losses[0] == losses[1] != 0
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

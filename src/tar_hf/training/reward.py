@@ -94,16 +94,19 @@ class RewardTrainer(LLMTrainer):
     `LLMTrainer`, and in each step the reward's gradient beside that of the supervised rows.
 
     Args:
-        pipe (`TarPipeline`): Draws with the model that is trained.
         tasks (`Callable[[str], Iterator[DrawingTask]]`): What to draw, by a seed.
         kwargs: Those of `LLMTrainer`.
     """
 
     metric_names = (*LLMTrainer.metric_names, "reward", "reward_spread", "entropy")
 
-    def __init__(self, *args, pipe: TarPipeline, tasks: Callable[[str], Iterator[DrawingTask]], **kwargs):
+    def __init__(self, *args, tasks: Callable[[str], Iterator[DrawingTask]], **kwargs):
         super().__init__(*args, **kwargs)
-        self.pipe, self.tasks = pipe, tasks
+        self.tasks = tasks
+        parts = self.recipe.model
+        self.pipe = TarPipeline.around(
+            self.model, self.processing_class, parts.base, ta_tok=parts.ta_tok, detokenizer=parts.detokenizer
+        ).to(self.args.device)
 
     def training_step(self, model, inputs, *args, **kwargs):
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -122,6 +125,7 @@ class RewardTrainer(LLMTrainer):
             images=images,
             scale=recipe.scale,
             num_images_per_prompt=recipe.group_size,
+            self_reflect=1,  # what the model draws, not the best that it chooses
             top_p=1.0,  # the whole distribution is what the gradient is of
             top_k=0,
             generator=self.row_generators(len(prompts) * recipe.group_size),
@@ -152,14 +156,9 @@ def group_advantages(rewards: torch.FloatTensor) -> tuple[torch.FloatTensor, tor
 
 def build(recipe: RewardRecipe) -> RewardTrainer:
     """Everything that a run needs, as its recipe says. `RecipeError`, and the parts' own errors, for what is wrong."""
-    tasks = load_tasks(recipe.tasks)
-    trainer = llm.build(recipe, RewardTrainer, pipe=None, tasks=tasks)
+    trainer = llm.build(recipe, RewardTrainer, tasks=load_tasks(recipe.tasks))
     if trainer.args.world_size > 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise RecipeError("the reward stage draws with the model that it trains, in one process: start a single one")
-    model = recipe.model
-    trainer.pipe = TarPipeline.around(
-        trainer.model, trainer.processing_class, model.base, ta_tok=model.ta_tok, detokenizer=model.detokenizer
-    ).to(trainer.args.device)
     return trainer
 
 
