@@ -4,23 +4,13 @@ A stage is a function of the options that loads what it needs and gives its case
 the arithmetic that no implementation of the stage gets around, by the plainest call of the library, in this process.
 """
 
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from clock import STEPS, random, seconds
 from torch import nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
-
-STEPS = 16  # tokens that are timed behind the first
-
-
-def seconds(call) -> float:
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 class After(StoppingCriteria):
@@ -31,10 +21,6 @@ class After(StoppingCriteria):
 
     def __call__(self, input_ids, scores, **options):
         return torch.full((len(input_ids),), input_ids.shape[1] >= self.count, device=input_ids.device)
-
-
-def random(*shape, dtype=torch.float32, device="cpu"):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
 def ta_tok(options):

@@ -1,27 +1,13 @@
 """The same cases in the original Tar code, whose checkout is in the path: run by its Python, see `worker.py`."""
 
 import sys
-import time
 from pathlib import Path
 
 import torch
-
-STEPS = 16
+from clock import STEPS, random, seconds
 
 _load = torch.load
 torch.load = lambda *args, **options: _load(*args, **{"weights_only": False, **options})  # synthetic.py's own files
-
-
-def seconds(call):
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def random(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def ta_tok(options):

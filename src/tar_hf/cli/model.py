@@ -74,10 +74,10 @@ def load_model(arguments, *parts: str):
     except (SafetensorError, RuntimeError, OSError, ValueError, ImportError) as error:
         reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder="...")
         raise OSError(f"{loading} could not be loaded: {reason}") from error
-    if "detokenizer" in parts and getattr(arguments, "guidance_scale", 0) is None:
-        arguments.guidance_scale = pipe.default_guidance_scale  # so that files say what drew them
-    if "detokenizer" in parts and getattr(arguments, "self_reflect", 0) is None:
-        arguments.self_reflect = pipe.default_self_reflect
+    if "detokenizer" in parts:
+        for name in ("guidance_scale", "self_reflect"):  # so that files say what drew them
+            if getattr(arguments, name, 0) is None:
+                setattr(arguments, name, getattr(pipe, f"default_{name}"))
     if "detokenizer" in parts and hasattr(pipe.detokenizer, "set_progress_bar_config"):
         pipe.detokenizer.set_progress_bar_config(disable=True)  # its steps are in our own bars
     return pipe

@@ -790,7 +790,7 @@ class RowCache(Cache):
     """
 
     def __init__(self, cache: DynamicCache, extra: int, mask: torch.Tensor | None = None):
-        if any(type(layer) not in (DynamicLayer, ReservedLayer) for layer in cache.layers):
+        if any(type(layer) is not DynamicLayer for layer in cache.layers):
             raise ValueError("jacobi_window needs a model whose every layer attends to everything before")
         super().__init__([RowLayer(*(F.pad(t, (0, 0, 0, extra)) for t in (x.keys, x.values))) for x in cache.layers])
         rows, _, capacity, _ = self.layers[0].keys.shape

@@ -504,9 +504,7 @@ class TarPipeline:
         self._check_detokenizer(kwargs)
 
         given = self._read(images, image_scale, callback)
-        rows = [
-            self._prompt_ids(user_turns(text), codes, drawing=scale) for text, codes in zip(prompts, given, strict=True)
-        ]
+        rows = self._drawing_rows(prompts, given, scale)
         candidates = self_reflect or 1
         uniform = draw_uniform(len(generators), candidates * tokens, generators, "cpu").view(-1, tokens)
         options = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -520,6 +518,12 @@ class TarPipeline:
         options = {"output_type": output_type, "callback": callback, **kwargs}
         drawn = self.decode(codes, guidance_scale=guidance_scale, generator=generators, **options)
         return TarPipelineOutput(images=drawn, codes=codes, scores=scores)
+
+    def _drawing_rows(self, prompts, given, scale):
+        """Prompts, and the codes of each one's images, as the token ids that an image is drawn behind."""
+        return [
+            self._prompt_ids(user_turns(text), codes, drawing=scale) for text, codes in zip(prompts, given, strict=True)
+        ]
 
     @torch.no_grad()
     def _draw_codes(self, rows, uniform, do_sample, temperature, top_p, top_k, jacobi_window=None, callback=None):
@@ -551,7 +555,6 @@ class TarPipeline:
         mask, positions = (tensor.repeat_interleave(copies, 0) for tensor in (mask, positions[:, -1:] + 1))
         if copies > 1:
             cache.batch_repeat_interleave(copies)
-        reserve(cache, ids.shape[1] + tokens)
 
         if jacobi_window is not None:
             cache = RowCache(cache, tokens + jacobi_window, mask)
@@ -567,6 +570,7 @@ class TarPipeline:
 
             return jacobi_decode(logits, next_logits, choose, tokens, jacobi_window, on_step).cpu()
 
+        reserve(cache, ids.shape[1] + tokens)
         codes = torch.empty(len(uniform), 0, dtype=torch.long, device=self.model.device)
         for step in range(1, tokens + 1):
             column = torch.full_like(positions, step - 1)
@@ -600,10 +604,7 @@ class TarPipeline:
                 f"codes must have the shape (images, tokens), with as many for each of {len(prompts)} prompts, got "
                 f"{tuple(codes.shape)}"
             )
-        given = self._read(images, image_scale, None)
-        rows = [
-            self._prompt_ids(user_turns(text), seen, drawing=scale) for text, seen in zip(prompts, given, strict=True)
-        ]
+        rows = self._drawing_rows(prompts, self._read(images, image_scale, None), scale)
         ids, mask = (t.repeat_interleave(len(codes) // len(prompts), 0) for t in self._pad(rows))
         known = codes[:, :-1].to(ids.device)
         ids = torch.cat([ids, known + self.vocabulary.first_code_id], 1)
