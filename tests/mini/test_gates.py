@@ -33,7 +33,7 @@ def test_every_stage_has_a_gate_and_a_probe(file):
     [
         ("gates.vq={accuracy: 1}", "gates.vq must say reconstruction, got accuracy"),
         ("gates={vq: {reconstruction: 1}}", "gates must name the stages data, language, .*, got vq"),
-        ("bfloat16=[vq]", "bfloat16 may name llm, ta-tok, ar-detok, got vq"),
+        ("bfloat16=[vq]", "bfloat16 may name reflect, ta-tok, ar-detok, got vq"),
         ("pictures=0", "pictures must be at least 1, got 0"),
     ],
 )
@@ -72,6 +72,13 @@ def test_left_out_rows_are_counted(recipe, tmp_path):
         table = pa.table({"source_row": list(range(rows))})
         pq.write_table(table, tmp_path / "codes" / name / "part-00000-of-00001.parquet")
     assert gates.probe_codes(tmp_path, recipe)["missing_rows"] == 3
+
+
+def test_right_drawings_are_counted(recipe, tmp_path):
+    (tmp_path / "drawings").mkdir()
+    for number, rows in enumerate((recipe.drawings, 2)):
+        pq.write_table(pa.table({"conversations": ["[]"] * rows}), tmp_path / "drawings" / f"drawings-{number}.parquet")
+    assert gates.probe_drawings(tmp_path, recipe)["right"] == 2 / recipe.drawings
 
 
 def test_cells_show_the_thing_at_their_centre():

@@ -20,7 +20,7 @@ from tar_hf.training.recipe import RecipeError
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
-MADE = ("pictures.parquet", "codes/conversations", "codes/pictures")  # what recipes may read
+MADE = ("pictures.parquet", "codes/conversations", "codes/pictures", "drawings")  # what recipes may read
 
 
 def command(folder, *options):
@@ -164,7 +164,7 @@ def test_other_recipes_are_refused_but_for_their_training(tmp_path):
 
 @pytest.mark.parametrize("folder", [RECIPES, RECIPES / "smoke"], ids=["full", "smoke"])
 def test_every_trained_stage_has_a_recipe_that_reads_and_writes_in_the_runs_folder(folder):
-    trained = {name: [name] for name, stage in STAGES.items() if name not in ("data", "codes", "assemble")}
+    trained = {name: [name] for name, stage in STAGES.items() if name not in ("data", "codes", "drawings", "assemble")}
     trained["vq"] = ["vq-crops", "vq"]
     assert {file.stem for file in folder.glob("*.yaml")} == {*sum(trained.values(), []), "mini"}
     made = set()

@@ -6,7 +6,7 @@ Everything is drawn from a seed, split by split, and no picture comes twice.
 import io
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -95,8 +95,12 @@ def conversations(split: str, seed: int = 0) -> Iterator[dict]:
         images, *texts = makers[task](draw, *sources)
         while any(world.split_of(world.scene_key(scene)) != split for scene in images):  # a changed scene
             images, *texts = makers[task](draw, *sources)
-        turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-        yield {"image": images, "text": None, "regions": None, "conversations": json.dumps(turns)}
+        yield {"image": images, "text": None, "regions": None, "conversations": conversation(texts)}
+
+
+def conversation(texts: Iterable[str]) -> str:
+    """A row's JSON of what the user and the assistant say by turns."""
+    return json.dumps([{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)])
 
 
 def _text_to_image(draw, samples, scenes):
@@ -123,7 +127,7 @@ def _image_to_text(draw, samples, scenes):
         claims = []
         while not claims:
             scene = next(samples)[2] if draw.random() < 0.5 else next(scenes)
-            claims = _claims(scene, draw)
+            claims = claims_about(scene, world.split_of(world.scene_key(scene)), draw)
         first, *texts = (text for claim in claims for text in claim)
         return [scene], f"<image>\n{first}", *texts
     scene = next(scenes)
@@ -136,13 +140,12 @@ def _image_to_text(draw, samples, scenes):
     return [scene], f"<image>\n{first}", *texts
 
 
-def _claims(scene, draw):
+def claims_about(scene: Scene, split: str, draw: random.Random) -> list[tuple[str, str]]:
     """
-    Questions whether the picture matches a prompt, as the pipeline asks of what it has drawn; yes or no by turns.
+    Questions whether the picture matches a prompt, as the pipeline asks of what it has drawn, and yes or no to each.
 
-    Of those that belong to the scene's split there may be few, or none.
+    Of prompts of the split that there is something to say by there may be few, or none.
     """
-    split = world.split_of(world.scene_key(scene))
     right = draw.random() < 0.5
     claims = []
     for _ in range(50):

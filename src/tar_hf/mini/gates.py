@@ -8,6 +8,7 @@ import dataclasses
 import io
 import random
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -32,6 +33,8 @@ MEASURES = {
     "codes": ("missing_rows",),
     "ar-detok": ("reconstruction",),
     "llm": ("generation", "understanding"),
+    "drawings": ("right",),
+    "reflect": ("generation", "understanding"),
     "assemble": ("megabytes",),
     # Of `--diffusion`.
     "dc-ae": ("reconstruction",),
@@ -39,7 +42,7 @@ MEASURES = {
     "assemble-diffusion": ("megabytes",),
 }
 AT_MOST = ("perplexity", "missing_rows", "megabytes")  # of the others at least so much is needed
-PARTS = ("llm", "ta-tok", "ar-detok")
+PARTS = ("reflect", "ta-tok", "ar-detok")  # stages whose models the repository holds
 BATCH = 32
 NOTHING = len(COLORS) * len(SHAPES)  # class of a place without a thing, behind those of colors and shapes
 
@@ -54,7 +57,8 @@ class MiniRecipe:
         seed (`int`, *optional*, defaults to `0`): Of every stage.
         pictures, validation_pictures, conversations (`int`): Rows of data.
         scales (`list[int]`): Of the codes that rows get.
-        bfloat16 (`list[str]`): Parts that the assembled repository holds in bfloat16: `llm`, `ta-tok`, `ar-detok`.
+        drawings (`int`): Pictures that the language model draws, to learn to judge them.
+        bfloat16 (`list[str]`): Parts that the assembled repository holds in bfloat16: `reflect`, `ta-tok`, `ar-detok`.
         probe_scenes (`int`): Held-out scenes of a gate.
         probe_prompts (`int`): Held-out prompts and questions of each kind, for the language model's gate.
         gates (`dict[str, dict[str, float]]`): What is needed, by stage and measure: those of `MEASURES`.
@@ -65,13 +69,17 @@ class MiniRecipe:
     validation_pictures: int
     conversations: int
     scales: list[int]
+    drawings: int
     bfloat16: list[str]
     probe_scenes: int
     probe_prompts: int
     gates: dict[str, dict[str, float | int]]
 
     def __post_init__(self):
-        for name in ("pictures", "validation_pictures", "conversations", "probe_scenes", "probe_prompts"):
+        for name in (
+            *("pictures", "validation_pictures", "conversations", "drawings"),
+            *("probe_scenes", "probe_prompts"),
+        ):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
         if unknown := set(self.bfloat16) - set(PARTS):
@@ -271,14 +279,20 @@ def probe_diffusion_detok(output: Path, recipe: MiniRecipe) -> dict[str, float]:
     return _redrawn(output, recipe, pipe.to(_device()))
 
 
-def probe_llm(output: Path, recipe: MiniRecipe) -> dict[str, float]:
-    """Scores of the whole system on held-out prompts and questions."""
+def probe_llm(output: Path, recipe: MiniRecipe, stage: str = "llm") -> dict[str, float]:
+    """Scores of the whole system on held-out prompts and questions, with the language model of a stage."""
     from tar_hf.mini.evaluate import evaluate
     from tar_hf.pipelines.pipeline_tar import TarPipeline
 
-    pipe = TarPipeline.from_pretrained(output / "llm", ta_tok=output / "ta-tok", detokenizer=output / "ar-detok")
+    pipe = TarPipeline.from_pretrained(output / stage, ta_tok=output / "ta-tok", detokenizer=output / "ar-detok")
     scores = evaluate(pipe.to(_device()), recipe.probe_prompts, recipe.seed, "validation")["scores"]
     return {name: score for name, score in scores.items() if score is not None}
+
+
+def probe_drawings(output: Path, recipe: MiniRecipe) -> dict[str, float]:
+    """The share of the drawings that are right: each gives a row, and each right one another."""
+    rows = sum(pq.read_metadata(file).num_rows for file in (output / "drawings").glob("*.parquet"))
+    return {"right": rows / recipe.drawings - 1}
 
 
 def probe_assemble(output: Path, recipe: MiniRecipe) -> dict[str, float]:
@@ -433,6 +447,8 @@ PROBES = {
     "codes": probe_codes,
     "ar-detok": probe_ar_detok,
     "llm": probe_llm,
+    "drawings": probe_drawings,
+    "reflect": partial(probe_llm, stage="reflect"),
     "assemble": probe_assemble,
     "dc-ae": probe_dc_ae,
     "diffusion-detok": probe_diffusion_detok,

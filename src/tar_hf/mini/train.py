@@ -304,6 +304,14 @@ def _make_codes(recipe):
     pretokenize(SourceRecipe("pictures.parquet"), "codes/pictures", ar_detok="vq", **options)
 
 
+def _make_drawings(recipe):
+    from tar_hf.mini.drawings import write_drawings
+    from tar_hf.pipelines.pipeline_tar import TarPipeline
+
+    pipe = TarPipeline.from_pretrained("llm", ta_tok="ta-tok", detokenizer="ar-detok")
+    write_drawings("drawings", pipe, recipe.drawings, recipe.seed)
+
+
 def _assemble(recipe):
     import tempfile
 
@@ -315,7 +323,7 @@ def _assemble(recipe):
     from tar_hf.modeling.modeling_ar_detok import ARDeTokForCausalLM
     from tar_hf.modeling.modeling_ta_tok import TATokModel
 
-    kinds = {"llm": AutoModelForCausalLM, "ta-tok": TATokModel, "ar-detok": ARDeTokForCausalLM}
+    kinds = {"reflect": AutoModelForCausalLM, "ta-tok": TATokModel, "ar-detok": ARDeTokForCausalLM}
     shutil.rmtree(RESULT, ignore_errors=True)  # of a call that was killed before it measured it
     with tempfile.TemporaryDirectory(dir=".") as temporary:
         folders = []
@@ -378,9 +386,22 @@ STAGES = {
     "ar-detok": _trained("ar-detok", "the de-tokenizer", "vq", "ta-tok", "codes", kind="ARDeTokRecipe"),
     # Its gate draws.
     "llm": _trained("llm", "the language model", "language", "ta-tok", "codes", "ar-detok", kind="LLMRecipe"),
+    "drawings": Stage(
+        "the system's own drawings, and whether they are right",
+        ("ta-tok", "ar-detok", "llm"),
+        _make_drawings,
+        "train the language model longer, in another folder: too few of its drawings are right to learn from",
+    ),
+    "reflect": _trained(
+        "reflect",
+        "the language model again, with its own drawings to judge",
+        *("ta-tok", "codes", "ar-detok", "llm", "drawings"),
+        module="tar_hf.training.llm",
+        kind="LLMRecipe",
+    ),
     "assemble": Stage(
         "the repository of the whole system",
-        ("ta-tok", "ar-detok", "llm"),
+        ("ta-tok", "ar-detok", "reflect"),
         _assemble,
         "name more parts under bfloat16 in mini.yaml, or make smaller models, in another folder",
     ),

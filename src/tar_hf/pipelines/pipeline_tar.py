@@ -510,7 +510,7 @@ class TarPipeline:
         options = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         codes = self._draw_codes(rows, uniform, jacobi_window=jacobi_window, callback=callback, **options)
         scores = None
-        if self_reflect is not None:
+        if candidates > 1:
             requests = [request for request in zip(prompts, given, strict=True) for _ in range(num_images_per_prompt)]
             scores = self._judge(requests, codes, candidates)
             best = scores.argmax(-1) + torch.arange(len(scores)) * candidates
