@@ -49,6 +49,8 @@ from transformers.utils.output_capturing import capture_outputs
 # What looks at a token's scores alone, and at none of the tokens before.
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper)
 
+FEW_QUERIES = 16  # on CPUs, of a row: up to here attention is computed in float32, whatever the model's type
+
 # name: (layers, heads, width), the published sizes
 PRESETS = {
     "llama-abs-S": (12, 6, 384),
@@ -191,6 +193,8 @@ class ARDeTokAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if query.device.type == "cpu" and query.shape[2] <= FEW_QUERIES:
+            query, key, value, attention_mask = _in_float32(query, key, value, attention_mask)
         output, weights = attention(
             self,
             query,
@@ -201,7 +205,12 @@ class ARDeTokAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.dropout(self.o_proj(output.flatten(2))), weights
+        return self.dropout(self.o_proj(output.flatten(2).to(hidden_states.dtype))), weights
+
+
+def _in_float32(*tensors):
+    """Those of another floating type: for few queries the CPU kernel of half precision is the slower one."""
+    return [t.float() if t is not None and t.is_floating_point() else t for t in tensors]
 
 
 class ARDeTokMLP(nn.Module):
