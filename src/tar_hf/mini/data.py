@@ -207,10 +207,9 @@ def _text_image_to_image(draw, samples, scenes):
         if draw.random() < 0.5:
             color = draw.choice(list(COLORS))
             return [scene, world.recolor(scene, color)], world.RECOLOR.format(color), "<image>"
-        scene = Scene(scene.things[:1], scene.background)
-        relation, shape = draw.choice(list(RELATIONS)), draw.choice(SHAPES)
-        if both := world.beside(scene, relation, shape, draw):
-            return [scene, both], world.BESIDE.format(world.article(shape), relation), "<image>"
+        if adding := world.addition(scene, draw):
+            alone, relation, shape, both = adding
+            return [alone, both], world.BESIDE.format(world.article(shape), relation), "<image>"
 
 
 def _write(file, rows):

@@ -162,12 +162,11 @@ def _recoloring(scene, color):
 def _adding(split, seed, draw):
     """Endless tasks of one thing with another to be put beside it, where there is room."""
     for scene in world.scenes(split, seed + 2):
-        scene = Scene(scene.things[:1], scene.background)
-        relation, shape = draw.choice(list(world.RELATIONS)), draw.choice(world.SHAPES)
-        held_out = world.split_of(world.scene_key(scene)) == split
-        if held_out and world.beside(scene, relation, shape, draw):
+        adding = world.addition(scene, draw)
+        if adding and world.split_of(world.scene_key(adding[0])) == split:
+            alone, relation, shape, _ = adding
             prompt = world.BESIDE.format(world.article(shape), relation)
-            yield Task(prompt, partial(scorer.has_beside, scene, relation, shape), scene)
+            yield Task(prompt, partial(scorer.has_beside, alone, relation, shape), alone)
 
 
 def _draw(pipe, measure, tasks, seed, drawing, callback) -> list[Sample]:

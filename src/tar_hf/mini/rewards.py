@@ -3,7 +3,6 @@
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 
 from PIL import Image
@@ -101,14 +100,12 @@ def _recolor(scene: Scene, draw) -> DrawingTask:
 
 
 def _beside(scene: Scene, draw) -> DrawingTask:
-    while True:
-        scene = replace(scene, things=scene.things[:1])
-        relation, shape = draw.choice(list(world.RELATIONS)), draw.choice(world.SHAPES)
-        if world.beside(scene, relation, shape, draw):
-            break
-    is_right = partial(scorer.has_beside, scene, relation, shape)
-    judge = partial(reward, [*_things(scene), (None, shape)], scene.background, is_right)
-    return DrawingTask(world.BESIDE.format(world.article(shape), relation), judge, [world.render(scene)])
+    while not (adding := world.addition(scene, draw)):
+        pass
+    alone, relation, shape, _ = adding
+    is_right = partial(scorer.has_beside, alone, relation, shape)
+    judge = partial(reward, [*_things(alone), (None, shape)], alone.background, is_right)
+    return DrawingTask(world.BESIDE.format(world.article(shape), relation), judge, [world.render(alone)])
 
 
 def _things(scene) -> list[Want]:

@@ -381,6 +381,17 @@ def beside(scene: Scene, relation: str, shape: str, draw: random.Random) -> Scen
     return None
 
 
+def addition(scene: Scene, draw: random.Random) -> tuple[Scene, str, str, Scene] | None:
+    """
+    The scene with its first thing alone, a relation and a shape to ask for, and a scene with that beside it; or `None`
+    where there is no room.
+    """
+    alone = Scene(scene.things[:1], scene.background)
+    relation, shape = draw.choice(list(RELATIONS)), draw.choice(SHAPES)
+    both = beside(alone, relation, shape, draw)
+    return both and (alone, relation, shape, both)
+
+
 # Splits
 
 
