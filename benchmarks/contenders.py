@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from clock import STEPS, random, seconds
 from torch import nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import CompileConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 
 class After(StoppingCriteria):
@@ -55,11 +55,14 @@ def ar_detok(options):
     """The first token behind the condition, each one after it, and VQ tokens to pixels."""
     from tar_hf import ARDeTokForCausalLM
 
-    model = ARDeTokForCausalLM.from_pretrained(options["folder"], dtype=getattr(torch, options["dtype"])).eval()
-    model.to(options["device"])
+    model = ARDeTokForCausalLM.from_pretrained(options["folder"], dtype=getattr(torch, options["dtype"]), **int8(options))
+    model.eval().to(options["device"])
     config, batch = model.config, options["batch"]
     condition = random(batch, options["tokens"], config.condition_size, dtype=model.dtype, device=model.device)
     settings = {"guidance_scale": options["guidance"], "generator": torch.Generator().manual_seed(0)}
+    if options["compile"]:
+        settings |= {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=False)}
+        settings["compile_config"]._compile_all_devices = True  # the library leaves CPUs out
 
     def draw(count):
         model.generate(condition, stopping_criteria=StoppingCriteriaList([After(count)]), **settings)
@@ -83,7 +86,7 @@ def llm(options):
     """One code of an image, against the library's own generation with the whole output layer."""
     from tar_hf import TarPipeline
 
-    pipe = TarPipeline.from_pretrained(options["folder"], dtype=getattr(torch, options["dtype"]))
+    pipe = TarPipeline.from_pretrained(options["folder"], dtype=getattr(torch, options["dtype"]), **int8(options))
     model = pipe.to(options["device"]).model
     row = pipe._prompt_ids([("user", "A photo of a macaw")], [], drawing=options["scale"])
     uniform = torch.rand(options["batch"], STEPS + 1)
@@ -146,6 +149,16 @@ def whole(options):
     )
 
 
+def int8(options):
+    """What loads linear layers in int8."""
+    if not options["int8"]:
+        return {}
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+
+
 def timed(cases):
     return {name: (lambda call=call: seconds(call)) for name, call in cases.items()}
 
@@ -159,7 +172,7 @@ def products(linears, rows):
     """Each layer's matrix product for so many rows, and nothing between them."""
     for linear in linears:
         weight = linear.weight
-        F.linear(weight.new_zeros(rows, weight.shape[1]), weight)
+        F.linear(torch.zeros(rows, weight.shape[1], dtype=weight.dtype, device=weight.device), weight)
 
 
 STAGES = {"ta-tok": ta_tok, "ar-detok": ar_detok, "llm": llm, "load": load, "whole": whole}

@@ -105,6 +105,7 @@ def run(arguments, setting: dict) -> list[dict]:
         "guidance": arguments.guidance,
         "threads": arguments.threads,
         "compile": arguments.compile,
+        "int8": arguments.int8,
         "sources": str(arguments.sources.resolve()) if arguments.sources else None,
         "path": [str(HERE)],
         "batch": 1,
@@ -175,7 +176,8 @@ def main():
     parser.add_argument("--scale", type=int, nargs="+", default=[1])
     parser.add_argument("--tokens", type=int, nargs="+", default=[729], help="of the condition")
     parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--compile", action="store_true", help="torch.compile TA-Tok's encoder")
+    parser.add_argument("--compile", action="store_true", help="torch.compile TA-Tok's encoder, AR-DTok")
+    parser.add_argument("--int8", action="store_true", help="torchao's weights for AR-DTok and the language model")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--original", type=Path, metavar="PATH", help="checkout of the original code")
     parser.add_argument("--original-python", metavar="PYTHON", help="with transformers 4.50")

@@ -21,6 +21,7 @@ def stages(*arguments):
     [
         ("ta-tok", "ta_tok", ["--scale", "3"], ["encode", "features"]),
         ("ar-detok", "detokenizer", ["--tokens", "81", "--batch", "1", "2"], ["prefill", "pixels", "token"]),
+        ("ar-detok", "detokenizer", ["--tokens", "81", "--int8"], ["prefill", "pixels", "token"]),
         ("llm", "", [], ["code", "code by model.generate"]),
         ("load", "ta_tok", [], ["load"]),
         ("whole", "", ["--scale", "3"], ["picture", "description"]),
