@@ -121,3 +121,16 @@ def test_example_reconstruct(tmp_path):
         assert "codes (1, 81)" in output
     with Image.open(tmp_path / "out" / "reconstruction.png") as picture:
         assert picture.size == (128, 128) and picture.mode == "RGB"
+
+
+@pytest.mark.slow
+def test_serving_runs(tar_repo, ar_detok_repo, tmp_path, monkeypatch):
+    """Every Python block of docs/serving.md in turn."""
+    (tmp_path / "tar").symlink_to(tar_repo)
+    (tmp_path / "ar-detok").symlink_to(ar_detok_repo())
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL):
+        exec(compile(block, "serving.md", "exec"), names)
+    assert [picture.size for picture in names["pictures"]] == [(64, 64)] * 2
+    assert names["pipe"]("a cat", scale=3).images[0].size == (64, 64)
