@@ -114,6 +114,34 @@ def test_guidance_is_the_detokenizers_own_unless_said_otherwise(pipe):
         settings.guidance_scale = before
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("prompts", [["a cat"], ["a cat", "three small dogs on a boat"]], ids=["alone", "padded"])
+def test_heads_that_share_keys_are_so_many_queries(pipe, prompts, implementation, monkeypatch):
+    """Which is faster than to repeat keys and values, or to take each head's one query alone."""
+    model, config = pipe.model, pipe.model.config
+    groups = config.num_attention_heads // config.num_key_value_heads
+    attention, shapes = torch.nn.functional.scaled_dot_product_attention, []
+
+    def noted(query, *given, **options):
+        shapes.append(query.shape)
+        return attention(query, *given, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    drawn = pipe(prompts, scale=3, do_sample=False, output_type="pt").codes
+    one_query = (len(prompts), config.num_key_value_heads, groups, config.hidden_size // config.num_attention_heads)
+    assert groups > 1 and shapes.count(one_query) == 80 * config.num_hidden_layers
+    model.set_attn_implementation(implementation)
+    try:
+        rows = pipe._drawing_rows(prompts, [[]] * len(prompts), 3)
+        for row, codes in zip(rows, drawn, strict=True):
+            whole = torch.tensor([[*row, *pipe.vocabulary.codes_to_ids(codes).tolist()]])
+            logits = model(whole).logits[0, len(row) - 1 : -1, pipe.vocabulary.first_code_id :]
+            assert torch.equal(logits[:, : pipe.vocabulary.codebook_size].argmax(-1), codes)
+        assert torch.equal(pipe(prompts, scale=3, do_sample=False, output_type="pt").codes, drawn)
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
 def test_windows_draw_the_same_images(pipe, picture):
     """Prompts of different lengths, with and without images, each for several images, at each one's own pace."""
     prompts, images = ["a red circle", "three small dogs on a long white boat", "like this"], [None, None, [picture]]

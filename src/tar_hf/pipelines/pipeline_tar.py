@@ -571,16 +571,29 @@ class TarPipeline:
             return jacobi_decode(logits, next_logits, choose, tokens, jacobi_window, on_step).cpu()
 
         reserve(cache, ids.shape[1] + tokens)
+        mask = self._decoding_mask(mask, tokens)
         codes = torch.empty(len(uniform), 0, dtype=torch.long, device=self.model.device)
         for step in range(1, tokens + 1):
             column = torch.full_like(positions, step - 1)
             codes = torch.cat([codes, choose(logits, column)[:, None]], 1)
             report(callback, "codes", step, tokens)
             if step < tokens:
-                mask = F.pad(mask, (0, 1), value=1)
+                shown = mask[..., : mask.shape[-1] - tokens + step]
                 ids = codes[:, -1:] + self.vocabulary.first_code_id
-                logits = self._visual_logits(ids, mask, positions + column, cache, last=1)[:, 0]
+                logits = self._visual_logits(ids, shown, positions + column, cache, last=1)[:, 0]
         return codes.cpu()
+
+    def _decoding_mask(self, mask, tokens):
+        """The mask of prompts (B, L) and of as many tokens behind them, for one query at a time.
+
+        On CPUs it is (B, 1, 1, L + tokens), added to scores: with it the library takes heads that share keys as so many
+        queries, which its kernel is made for, where without one it has a single query for each.
+        """
+        mask = F.pad(mask, (0, tokens), value=1)
+        if self.model.device.type != "cpu" or self.model.config._attn_implementation not in ("eager", "sdpa"):
+            return mask
+        added = torch.zeros(mask.shape, dtype=self.model.dtype)
+        return added.masked_fill(mask == 0, torch.finfo(added.dtype).min)[:, None, None]
 
     def code_logits(
         self, prompt: str | list[str], codes: torch.LongTensor, images=None, scale: int = 1, image_scale: int = 1
