@@ -544,6 +544,7 @@ def test_labels_that_cannot_be_inputs(tiny):
     [
         ({"num_attention_heads": 3}, "must divide hidden_size"),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, "multiple of num_key_value_heads"),
+        ({"hidden_size": 33, "num_attention_heads": 1, "fixed_positions": True}, "hidden_size must be even, got 33"),
         ({"vocab_size": 41}, r"41 VQ codes \(vocab_size\) but the VQ autoencoder has 40"),
     ],
 )

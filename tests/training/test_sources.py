@@ -279,3 +279,15 @@ def test_mixture_files(ten, tmp_path):
         file.write_text(text)
         with pytest.raises(RecipeError, match=message):
             load_recipe(DataRecipe, {"mixture": str(file)})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "test"}, "is no Hub data set: leave out split 'test'"),
+        ({"image_folder": "elsewhere"}, "is a folder of pictures, which needs no image_folder"),
+    ],
+)
+def test_options_that_a_folder_of_pictures_has_no_use_for(pictures, options, message):
+    with pytest.raises(RecipeError, match=message):
+        open_source(SourceRecipe(str(pictures), **options))

@@ -127,6 +127,8 @@ class ARDeTokConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must divide hidden_size ({self.hidden_size}) and be "
                 f"a multiple of num_key_value_heads ({self.num_key_value_heads})"
             )
+        if self.fixed_positions and self.hidden_size % 2:
+            raise ValueError(f"fixed_positions are sines and cosines: hidden_size must be even, got {self.hidden_size}")
         if self.vq_config.num_embeddings != self.vocab_size:
             raise ValueError(
                 f"the decoder predicts {self.vocab_size} VQ codes (vocab_size) but the VQ autoencoder has "

@@ -72,6 +72,10 @@ def load(recipe: SourceRecipe, streaming: bool) -> tuple[datasets.Dataset | data
     if recipe.task is not None and recipe.task not in TASKS:
         raise RecipeError(f"{recipe.path}: task must be one of {', '.join(TASKS)}, got {recipe.task!r}")
     folder, loader, *arguments = _find(recipe)
+    if recipe.split != "train" and loader is not _load_from_hub:
+        raise RecipeError(f"{recipe.path} is no Hub data set: leave out split {recipe.split!r}")
+    if recipe.image_folder is not None and loader is _load_pictures:
+        raise RecipeError(f"{recipe.path} is a folder of pictures, which needs no image_folder: leave it out")
     try:
         dataset = loader(*arguments, streaming=streaming)
     except (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, ValueError, TypeError) as error:
