@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 
 from tar_hf import TATokConfig, TATokModel
 from tar_hf.modeling import modeling_ta_tok
-from tar_hf.modeling.modeling_ta_tok import TATokQuantizer
+from tar_hf.modeling.modeling_ta_tok import TATokQuantizer, multiplies_bfloat16
 
 SCALES = (1, 2, 3)
 
@@ -278,6 +278,37 @@ def test_reduced_search_is_exact_where_the_shortlist_is_hopeless(dtype, normaliz
     assert (guess != scores.argmax(-1)).float().mean() > 0.02  # the case is a hard one
     chosen = scores.gather(1, module.nearest(z)[:, None])[:, 0]
     torch.testing.assert_close(chosen, scores.amax(-1), atol=1e-6, rtol=1e-6)
+
+
+def test_the_originals_codes_by_a_search_in_bfloat16_first(ta_tok_repo, expected, pixels, monkeypatch):
+    """Golden: published/ta_tok."""
+    model = TATokModel.from_pretrained(ta_tok_repo()).eval()
+    model.quantizer.large = 1
+    monkeypatch.setattr(modeling_ta_tok, "multiplies_bfloat16", lambda: True)
+    for scale in SCALES:
+        assert torch.equal(model.encode(pixels, scale=scale), expected("published/ta_tok")[f"codes_scale{scale}"])
+    assert model.quantizer.codebook().reduced.dtype == torch.bfloat16 and model.codebook.dtype == torch.float32
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_large_float32_codebooks_are_searched_in_bfloat16_first(normalized, monkeypatch):
+    module, z = quantizer(codes=2000, l2_normalized=normalized), vectors(normalized=normalized)
+    expected, vectors_before = module.nearest(z), module.vectors()
+    assert module.codebook().reduced is module.codebook().exact  # a small one
+
+    module.large = 2000
+    monkeypatch.setattr(modeling_ta_tok, "multiplies_bfloat16", lambda: False)
+    module.eval()._codebook = None
+    module.nearest(z)
+    assert module.codebook().reduced.dtype == torch.float32
+    monkeypatch.setattr(modeling_ta_tok, "multiplies_bfloat16", lambda: True)
+    module._codebook = None
+    assert torch.equal(module.nearest(z), expected)
+    assert module.codebook().reduced.dtype == torch.bfloat16
+    assert torch.equal(module.vectors(), vectors_before) and module.lookup(expected).dtype == torch.float32
+    module.train()  # the codebook moves with every step then
+    assert module.codebook().reduced.dtype == torch.float32
+    assert multiplies_bfloat16() in (True, False)
 
 
 def test_search_holds_no_tokens_times_codes_matrix():

@@ -169,13 +169,19 @@ class TATokOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16 matrices, which it is fast at then."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.12
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 class TATokCodebook(NamedTuple):
     """The projected codebook in the two precisions that a search needs."""
 
     exact: torch.Tensor  # (K, D) float32
-    reduced: torch.Tensor  # (K, D) in the weights' dtype; the same tensor where that is float32
+    reduced: torch.Tensor  # (K, D) in half precision; the same tensor where the search needs none
     squared_norms: torch.Tensor  # (K,) float32
-    rounding: torch.Tensor  # largest norm that rounding to the weights' dtype takes off a code
+    rounding: torch.Tensor  # largest norm that rounding to half precision takes off a code
 
 
 class TATokQuantizer(nn.Module):
@@ -188,8 +194,10 @@ class TATokQuantizer(nn.Module):
     # A block of scores is at most 512 x 8192: what bounds the memory of a search, whatever the batch and K are.
     token_chunk = 512
     code_chunk = 8192
-    # Under reduced precision, how many candidates a token's search in that precision hands to float32.
+    # How many candidates a token's search in half precision hands to float32.
     shortlist = 8
+    # Float32 codebooks of so many numbers are searched like that too, where the CPU has products of bfloat16.
+    large = 2**24
 
     def __init__(self, config: TATokConfig):
         super().__init__()
@@ -228,7 +236,8 @@ class TATokQuantizer(nn.Module):
         if embeddings.is_meta:
             raise RuntimeError("the quantizer's weights are offloaded or were never loaded: keep them on a device")
         exact = torch.empty(embeddings.shape, dtype=torch.float32, device=embeddings.device)
-        reduced = exact if embeddings.dtype == torch.float32 else torch.empty_like(embeddings)
+        dtype = self._search_dtype()
+        reduced = exact if dtype == torch.float32 else torch.empty_like(embeddings, dtype=dtype)
         rounding = torch.zeros((), device=embeddings.device)
         for start in range(0, len(embeddings), self.code_chunk):
             chunk = slice(start, start + self.code_chunk)
@@ -241,11 +250,22 @@ class TATokQuantizer(nn.Module):
             self._codebook = (state, codebook)
         return codebook
 
+    def _search_dtype(self):
+        weights = self.embedding.weight
+        if weights.dtype != torch.float32 or self.training or weights.numel() < self.large:
+            return weights.dtype
+        return torch.bfloat16 if weights.device.type == "cpu" and multiplies_bfloat16() else torch.float32
+
+    def vectors(self) -> torch.Tensor:
+        """(K, D) code vectors in the weights' dtype."""
+        codebook = self.codebook()
+        return codebook.exact if self.embedding.weight.dtype == torch.float32 else codebook.reduced
+
     def lookup(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes (...) -> code vectors (..., D) in the weights' dtype; with gradient to the projection in training."""
         if self.training:
             return self.project(self.embedding(codes)).to(self.embedding.weight.dtype)
-        return F.embedding(codes, self.codebook().reduced)
+        return F.embedding(codes, self.vectors())
 
     @torch.no_grad()
     def nearest(self, z: torch.Tensor) -> torch.Tensor:
@@ -275,7 +295,7 @@ class TATokQuantizer(nn.Module):
         return codes
 
     def _search_reduced(self, z, codebook):
-        """Shortlist in the weights' dtype, decide in float32, and search anew where the shortlist may miss the best."""
+        """Shortlist in half precision, decide in float32, and search anew where the shortlist may miss the best."""
         reduced_z = z.to(codebook.reduced.dtype)
         length = min(self.shortlist, len(codebook.exact))
         best, codes = z.new_empty(len(z), 0), torch.empty(len(z), 0, dtype=torch.long, device=z.device)
@@ -462,7 +482,7 @@ class TATokModel(TATokPreTrainedModel):
         """(K, D) projected codes, l2-normalised where the configuration says so, in the model's dtype.
 
         Computed once and kept in evaluation mode; follows `.to()`, dtype changes and newly loaded weights."""
-        return self.quantizer.codebook().reduced
+        return self.quantizer.vectors()
 
     @torch.no_grad()
     def encode(
