@@ -55,7 +55,8 @@ def ar_detok(options):
     """The first token behind the condition, each one after it, and VQ tokens to pixels."""
     from tar_hf import ARDeTokForCausalLM
 
-    model = ARDeTokForCausalLM.from_pretrained(options["folder"], dtype=getattr(torch, options["dtype"]), **int8(options))
+    dtype = getattr(torch, options["dtype"])
+    model = ARDeTokForCausalLM.from_pretrained(options["folder"], dtype=dtype, **int8(options))
     model.eval().to(options["device"])
     config, batch = model.config, options["batch"]
     condition = random(batch, options["tokens"], config.condition_size, dtype=model.dtype, device=model.device)
