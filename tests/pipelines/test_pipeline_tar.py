@@ -261,6 +261,19 @@ def test_sampled_text_has_its_own_generators(pipe):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_beams_search_text(pipe):
+    row = torch.tensor([pipe._prompt_ids(user_turns("Hello"), [])])
+    text = torch.arange(pipe.model.config.vocab_size) < pipe.vocabulary.first_code_id
+
+    def likelihood(answer):
+        ids = torch.cat([row, pipe.tokenizer(answer, return_tensors="pt").input_ids], 1)
+        logits = pipe.model(ids).logits[:, row.shape[1] - 1 : -1].masked_fill(~text, -torch.inf)
+        return logits.log_softmax(-1).gather(2, ids[:, row.shape[1] :, None]).sum()
+
+    greedy, beams = (pipe.generate_text("Hello", max_new_tokens=6, num_beams=n) for n in (1, 4))
+    assert likelihood(beams) > likelihood(greedy)
+
+
 def test_chat(pipe, picture):
     image = {"type": "image", "image": picture}
     turns = [
@@ -343,6 +356,7 @@ def test_callback_sees_every_stage_and_interrupts(pipe, picture):
         (lambda pipe, image: pipe("a", output_type="jpeg"), "output_type must be"),
         (lambda pipe, image: pipe("a", jacobi_window=1), "jacobi_window must be a number of tokens, at least 2"),
         (lambda pipe, image: pipe.generate_text("a", generator=seeds(1)), "do_sample=True"),
+        (lambda pipe, image: pipe.generate_text("a", do_sample=True, num_beams=2), "num_beams=2 only goes with do_sam"),
         (lambda pipe, image: pipe.decode(torch.tensor([[512] * 81])), r"0\.\.511"),
     ],
 )

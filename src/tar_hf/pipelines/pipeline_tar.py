@@ -689,7 +689,7 @@ class TarPipeline:
             do_sample (`bool`, *optional*, defaults to `False`): Sampling instead of the likeliest token.
             generator (`torch.Generator` or a list with one for each prompt, *optional*): Source of the draws.
             callback (*optional*): See the class.
-            kwargs: Further options of the language model's `generate`.
+            kwargs: Further options of the language model's `generate`. Beam search goes with `do_sample=False`.
 
         Returns:
             `str`, or `list[str]` for a list.
@@ -748,17 +748,25 @@ class TarPipeline:
         ids, mask = self._pad(rows)
         if not do_sample and generator is not None:
             raise ValueError("generator only applies when text is sampled: pass do_sample=True")
-        generators = make_generators(generator, len(rows)) if do_sample else None
+        loop = None  # the library's own, with beams too
+        if do_sample:
+            if kwargs.get("num_beams", 1) > 1:
+                raise ValueError(
+                    f"text is sampled token by token, each by its own generator: num_beams={kwargs['num_beams']} only "
+                    "goes with do_sample=False"
+                )
+            generators = make_generators(generator, len(rows))
+            loop = seeded_decoding(
+                lambda rows, device: draw_uniform(rows, max_new_tokens, generators, device),
+                streamer=kwargs.get("streamer"),
+            )
 
         sequences = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
-            custom_generate=seeded_decoding(
-                lambda rows, device: draw_uniform(rows, max_new_tokens, generators, device),
-                streamer=kwargs.get("streamer"),
-            ),
+            custom_generate=loop,
             logits_processor=[TextOnly(self.vocabulary), *(kwargs.pop("logits_processor", None) or [])],
             stopping_criteria=[
                 Watch(callback, ids.shape[1], max_new_tokens),
