@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from clock import STEPS, random, seconds
 from torch import nn
-from transformers import CompileConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 
 class After(StoppingCriteria):
@@ -52,11 +52,16 @@ def ta_tok(options):
 
 
 def ar_detok(options):
-    """The first token behind the condition, each one after it, and VQ tokens to pixels."""
-    from tar_hf import ARDeTokForCausalLM
+    """The first token behind the condition, each one after it and in the middle, and VQ tokens to pixels."""
+    from tar_hf import ARDeTokConfig, ARDeTokForCausalLM
+    from tar_hf.modeling.modeling_ar_detok import reserve
 
-    dtype = getattr(torch, options["dtype"])
-    model = ARDeTokForCausalLM.from_pretrained(options["folder"], dtype=dtype, **int8(options))
+    dtype, settings = getattr(torch, options["dtype"]), int8(options)
+    if options["grid"]:
+        config = ARDeTokConfig.from_pretrained(options["folder"])
+        config.vq_config.num_patches = options["grid"]
+        settings |= {"config": config, "ignore_mismatched_sizes": True}  # positions of its own
+    model = ARDeTokForCausalLM.from_pretrained(options["folder"], dtype=dtype, **settings)
     model.eval().to(options["device"])
     config, batch = model.config, options["batch"]
     condition = random(batch, options["tokens"], config.condition_size, dtype=model.dtype, device=model.device)
@@ -71,15 +76,32 @@ def ar_detok(options):
     rows = batch * (2 if options["guidance"] > 1 else 1)
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     ids = torch.zeros(batch, config.num_image_tokens, dtype=torch.long, device=model.device)
+
+    # The loop's own step behind half of an image, which is what a token costs on the average.
+    step = {"use_cache": True, "logits_to_keep": 1}
+    if options["guidance"] > 1:
+        step["guidance_scale"] = options["guidance"]
+    half = ids[:, : config.num_image_tokens // 2]
+    cache = reserve(DynamicCache(config=config), options["tokens"] + config.num_image_tokens)
+    model(half, condition, past_key_values=cache, **step)
+
+    def middle():
+        for _ in range(STEPS):
+            model(ids[:, :1], past_key_values=cache, **step)
+        cache.crop(-STEPS)
+
     cases = timed(
         {
             "prefill": lambda: draw(1),
             "prefill floor": lambda: products(linears, rows * options["tokens"]),
             "token floor": lambda: products(linears, rows),
+            "middle token floor": lambda: products(linears, rows),
             "pixels": lambda: model.decode_ids(ids),
         }
     )
     cases["token"] = per_token(draw, min(STEPS, config.num_image_tokens - 1))
+    if not options["compile"]:  # which is the loop's, and not the model's
+        cases["middle token"] = lambda: seconds(middle) / STEPS
     return cases
 
 

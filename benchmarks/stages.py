@@ -1,6 +1,7 @@
 """Times one stage, its floor, and the original beside it, turn by turn in one run.
 
-    python benchmarks/stages.py STAGE --folder REPOSITORY [--batch 1 8] [--tokens 729 169 81] [--scale 1 2 3]
+    python benchmarks/stages.py STAGE --folder REPOSITORY [--batch 1 8] [--scale 1 2 3] [--json FILE] [--plot FILE]
+    python benchmarks/stages.py ar-detok --folder ar-detok --tokens 729 169 81 --grid 16 32 64
     python benchmarks/stages.py ar-detok --folder ar-detok --original Tar --original-python venv/bin/python \
         --sources DIR
 
@@ -28,7 +29,7 @@ HERE = Path(__file__).parent
 # What is varied, by stage.
 VARIED = {
     "ta-tok": ("batch", "scale"),
-    "ar-detok": ("batch", "tokens"),
+    "ar-detok": ("batch", "tokens", "grid"),
     "llm": ("batch",),
     "load": (),
     "whole": ("batch", "scale"),
@@ -111,6 +112,7 @@ def run(arguments, setting: dict) -> list[dict]:
         "batch": 1,
         "scale": 1,
         "tokens": 729,
+        "grid": None,
         **setting,
     }
     contenders = [Contender("tar-hf", sys.executable, "contenders", options)]
@@ -175,6 +177,7 @@ def main():
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--scale", type=int, nargs="+", default=[1])
     parser.add_argument("--tokens", type=int, nargs="+", default=[729], help="of the condition")
+    parser.add_argument("--grid", type=int, nargs="+", default=[], help="side of AR-DTok's tokens, for another picture")
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--compile", action="store_true", help="torch.compile TA-Tok's encoder, AR-DTok")
     parser.add_argument("--int8", action="store_true", help="torchao's weights for AR-DTok and the language model")
@@ -187,7 +190,7 @@ def main():
     arguments = parser.parse_args()
     if bool(arguments.original) != bool(arguments.original_python) or arguments.original and not arguments.sources:
         parser.error("--original, --original-python and --sources go together")
-    varied = VARIED[arguments.stage]
+    varied = [name for name in VARIED[arguments.stage] if getattr(arguments, name)]
     rows = []
     for values in itertools.product(*(getattr(arguments, name) for name in varied)):
         rows += run(arguments, dict(zip(varied, values, strict=True)))

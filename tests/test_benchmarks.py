@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+AR_DETOK = ["prefill", "pixels", "token", "middle token"]
 
 
 def stages(*arguments):
@@ -20,8 +21,9 @@ def stages(*arguments):
     ("stage", "part", "options", "cases"),
     [
         ("ta-tok", "ta_tok", ["--scale", "3"], ["encode", "features"]),
-        ("ar-detok", "detokenizer", ["--tokens", "81", "--batch", "1", "2"], ["prefill", "pixels", "token"]),
-        ("ar-detok", "detokenizer", ["--tokens", "81", "--int8"], ["prefill", "pixels", "token"]),
+        ("ar-detok", "detokenizer", ["--tokens", "81", "--batch", "1", "2"], AR_DETOK),
+        ("ar-detok", "detokenizer", ["--tokens", "81", "--grid", "3"], AR_DETOK),
+        ("ar-detok", "detokenizer", ["--tokens", "81", "--int8"], AR_DETOK),
         ("llm", "", [], ["code", "code by model.generate"]),
         ("load", "ta_tok", [], ["load"]),
         ("whole", "", ["--scale", "3"], ["picture", "description"]),
@@ -33,7 +35,7 @@ def test_a_stage_is_timed(stage, part, options, cases, tar_repo, tmp_path):
     rows = json.loads((tmp_path / "times.json").read_text())["rows"]
     batches = [row.get("batch") for row in rows]
     assert [row["case"] for row in rows] == cases * (2 if "--batch" in options else 1)
-    assert batches == ([1] * 3 + [2] * 3 if "--batch" in options else batches)
+    assert batches == ([1] * 4 + [2] * 4 if "--batch" in options else batches)
     for row in rows:
         assert row["median_s"] > 0 or row["case"] in ("token", "code", "code by model.generate")  # a difference
         assert row["tar-hf_peak_bytes"] > 2**26 and row["runs"] == 2
