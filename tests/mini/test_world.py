@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -137,3 +138,15 @@ def test_image_to_image_changes_what_it_says():
     both = world.beside(single, "left of", "square", draw)
     assert both.things[1] == single.things[0] and world.holds("left of", both.things[0], both.things[1])
     assert world.beside(Scene((Thing("circle", "red", 20, 12, 48),), "black"), "left of", "square", draw) is None
+
+
+def test_a_wrong_claim_differs_in_one_word_mostly_in_the_place():
+    draw = random.Random(0)
+    wish = Wish(((1, "red", "circle"), (1, "blue", "square")), "left of", "white")
+    others = [world.altered(wish, draw) for _ in range(400)]
+    assert wish not in others
+    assert {other.num_things for other in others} == {2}  # more or fewer than two stand in no relation
+    placed = [other for other in others if other.relation != "left of"]
+    assert len(placed) > 200 and all((other.groups, other.background) == (wish.groups, "white") for other in placed)
+    alone = replace(wish, relation=None)
+    assert all(world.altered(alone, draw).relation is None for _ in range(100))

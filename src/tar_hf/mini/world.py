@@ -309,7 +309,9 @@ def altered(wish: Wish, draw: random.Random) -> Wish:
         groups, relation, background = list(wish.groups), wish.relation, wish.background
         i = draw.randrange(len(groups))
         count, color, shape = groups[i]
-        change = draw.choice(("count", "count", "color", "shape", "more", "less", "relation", "background"))
+        # Where there is a relation it is what a prompt is about, and the hardest to judge.
+        kinds = ("count", "count", "color", "shape", "more", "less", "background", *("relation",) * 7)
+        change = draw.choice(kinds if relation else kinds[:7])
         if change == "count":
             groups[i] = (count + draw.choice((-1, 1)), color, shape)
         elif change == "color" and color:
