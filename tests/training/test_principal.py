@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tar_hf import TATokConfig, TATokModel
+from tar_hf.training.code_usage import code_statistics
 from tar_hf.training.principal import Principal, spread_over_codes
-from tar_hf.training.ta_tok import code_statistics
 
 SQUARES = torch.tensor([9.0, 4.0, 1.0, 0.25])
 

@@ -1,7 +1,6 @@
 """The TA-Tok stage from recipe to repository: a SigLIP of three layers teaches, 48 of 64 words become codes."""
 
 import json
-import math
 import random
 
 import numpy as np
@@ -27,6 +26,7 @@ from transformers import (
 from tar_hf import TarPipeline, TATokModel
 from tar_hf.mini import data
 from tar_hf.training import ta_tok
+from tar_hf.training.code_usage import code_statistics
 from tar_hf.training.codebook import representative_rows
 from tar_hf.training.principal import Principal
 from tar_hf.training.recipe import RecipeError, load_recipe
@@ -253,8 +253,7 @@ def test_principal_directions_spread_a_new_bottleneck_over_the_codes(many, recip
     spread = ta_tok.build(recipe("spread", many, "model.principal_directions=6"))
     pixels = torch.stack([plain.train_dataset[i]["pixel_values"] for i in range(24)])
     before, after = (
-        ta_tok.code_statistics(trainer.model.encode(pixels).flatten().bincount(minlength=48))
-        for trainer in (plain, spread)
+        code_statistics(trainer.model.encode(pixels).flatten().bincount(minlength=48)) for trainer in (plain, spread)
     )
     assert after["perplexity"] > max(12, 2 * before["perplexity"])
     changed = {
@@ -273,15 +272,6 @@ def test_drawn_codes_come_from_the_seed(history):
     assert history("training.max_steps=2")[0]["loss"] != first[0]["loss"]
 
 
-def test_statistics_of_codes():
-    assert ta_tok.code_statistics(torch.tensor([6, 6, 0, 0])) == {"code_usage": 0.5, "perplexity": pytest.approx(2)}
-    assert ta_tok.code_statistics(torch.full((50,), 3)) == {"code_usage": 1, "perplexity": pytest.approx(50)}
-    assert ta_tok.code_statistics(torch.tensor([0, 9])) == {"code_usage": 0.5, "perplexity": 1}
-    skewed = math.exp(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
-    assert ta_tok.code_statistics(torch.tensor([3, 1]))["perplexity"] == pytest.approx(skewed)
-    assert ta_tok.code_statistics(torch.zeros(4, dtype=torch.long)) == {}
-
-
 def test_logged_statistics_are_of_the_codes_since_the_last_line(recipe):
     options = ("training.learning_rate=0.0", "training.per_device_train_batch_size=2", "scale_weights={1: 1}")
     trainer = ta_tok.build(recipe("out", *options))
@@ -290,7 +280,7 @@ def test_logged_statistics_are_of_the_codes_since_the_last_line(recipe):
     seen = set()
     for step, line in enumerate(lines(trainer)):
         codes = model.encode(torch.stack(samples[2 * step : 2 * step + 2]))
-        expected = ta_tok.code_statistics(codes.flatten().bincount(minlength=48))
+        expected = code_statistics(codes.flatten().bincount(minlength=48))
         assert {name: line[name] for name in expected} == pytest.approx(expected)
         seen.add(line["perplexity"])
     assert len(seen) > 1

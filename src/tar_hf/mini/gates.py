@@ -429,7 +429,7 @@ def _megabytes(folder):
 
 
 def _code_statistics(counts):
-    from tar_hf.training.ta_tok import code_statistics
+    from tar_hf.training.code_usage import code_statistics
 
     return {f"code_{name.removeprefix('code_')}": value for name, value in code_statistics(counts).items()}
 

@@ -33,6 +33,7 @@ from transformers.utils import cached_file
 from tar_hf.conversion.ta_tok import write_ta_tok_card
 from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
 from tar_hf.modeling.modeling_ta_tok import TATokConfig, TATokModel
+from tar_hf.training.code_usage import CodeUsage
 from tar_hf.training.codebook import METRICS, representative_rows
 from tar_hf.training.models import check_kind, check_scale_weights
 from tar_hf.training.principal import Principal, spread_over_codes
@@ -343,7 +344,7 @@ class TATokTrainer(TarTrainer):
         self.codebook = codebook
         self.metric_names = ["cosine_loss", "codebook_loss", "commitment_loss", "entropy_loss"]
         self.metric_names += [f"cosine_loss_scale{scale}" for scale in recipe.scale_weights]
-        self._code_counts = torch.zeros(self.model.config.codebook_size, dtype=torch.long, device=self.args.device)
+        self.code_usage = CodeUsage(self.model.config.codebook_size, self.args.device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         pixel_values = inputs["pixel_values"]
@@ -364,14 +365,11 @@ class TATokTrainer(TarTrainer):
             if output.get(name) is not None:
                 self.track(name, output[name])
         if self.model.training:
-            codes = output.codes.flatten()
-            self._code_counts.scatter_add_(0, codes, torch.ones_like(codes))
+            self.code_usage.add(output.codes)
         return (output.loss, output) if return_outputs else output.loss
 
     def metrics(self) -> dict[str, float]:
-        counts = self.accelerator.reduce(self._code_counts, "sum")
-        self._code_counts.zero_()
-        return super().metrics() | code_statistics(counts)
+        return super().metrics() | self.code_usage.metrics(self.accelerator)
 
     def finish_folder(self, folder: Path):
         super().finish_folder(folder)
@@ -380,16 +378,6 @@ class TATokTrainer(TarTrainer):
 
     def write_card(self, folder: Path):
         write_ta_tok_card(folder, folder.name, self.model.config, _public(self.recipe.model.teacher))
-
-
-def code_statistics(counts: torch.LongTensor) -> dict[str, float]:
-    """How often each code was used (K,) -> the share that was used at all, and the perplexity, 1..K."""
-    counts = counts.cpu()
-    if not counts.sum():
-        return {}
-    probabilities = counts.double() / counts.sum()
-    perplexity = torch.special.entr(probabilities).sum().exp()
-    return {"code_usage": (counts > 0).double().mean().item(), "perplexity": perplexity.item()}
 
 
 def build(recipe: TATokRecipe) -> TATokTrainer:

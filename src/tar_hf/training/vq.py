@@ -22,9 +22,9 @@ from torch import nn
 from transformers import JanusVQVAE, JanusVQVAEConfig, default_data_collator, set_seed
 from transformers.utils import ModelOutput
 
+from tar_hf.training.code_usage import CodeUsage
 from tar_hf.training.recipe import Recipe, RecipeError
 from tar_hf.training.rows import BadRow, Row, open_image, read_images, square_pixels
-from tar_hf.training.ta_tok import code_statistics
 from tar_hf.training.trainer import TarTrainer, open_data, run, training_arguments
 
 
@@ -194,7 +194,7 @@ class VQTrainer(TarTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._code_counts = torch.zeros(self.model.config.num_embeddings, dtype=torch.long, device=self.args.device)
+        self.code_usage = CodeUsage(self.model.config.num_embeddings, self.args.device)
         self._codebook_started = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -207,8 +207,7 @@ class VQTrainer(TarTrainer):
             if output.get(name) is not None:
                 self.track(name, output[name])
         if self.model.training and not continuous:
-            ids = output.ids.flatten()
-            self._code_counts.scatter_add_(0, ids, torch.ones_like(ids))
+            self.code_usage.add(output.ids)
         return (output.loss, output) if return_outputs else output.loss
 
     def _start_codebook(self, pixels):
@@ -220,9 +219,7 @@ class VQTrainer(TarTrainer):
         self._codebook_started = True
 
     def metrics(self) -> dict[str, float]:
-        counts = self.accelerator.reduce(self._code_counts, "sum")
-        self._code_counts.zero_()
-        return super().metrics() | code_statistics(counts)
+        return super().metrics() | self.code_usage.metrics(self.accelerator)
 
 
 def build(recipe: VQRecipe) -> VQTrainer:
