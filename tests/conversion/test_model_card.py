@@ -59,7 +59,7 @@ def test_example_is_python_that_names_the_folder(repos, kind):
     text = (repos[kind] / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     ast.parse(code)
-    assert "from_pretrained('repo'" in code
+    assert 'from_pretrained("repo"' in code
     assert ("trust_remote_code" in text) == (kind != "llm"), "a plain Qwen2 needs no code of ours"
 
 
@@ -86,6 +86,7 @@ def test_values_that_yaml_would_misread(tmp_path):
         title="T",
         description="D",
         source="s.pth",
+        repository="repo",
         usage="\nprint({})\n",
         facts={"a": 1},
         pipeline_tag="image-to-image",

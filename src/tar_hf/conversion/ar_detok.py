@@ -112,7 +112,8 @@ def write_ar_detok_card(
         title="AR-DTok, an autoregressive de-tokenizer for TA-Tok",
         description="Draws an image from TA-Tok features, token by token of a VQ autoencoder that it holds.",
         source=source,
-        usage=USAGE.replace("REPO", repr(name)),
+        repository=name,
+        usage=USAGE,
         facts={
             "image size": f"{config.image_size} x {config.image_size}",
             "tokens an image": config.num_image_tokens,

@@ -94,7 +94,8 @@ def write_tar_card(folder: Path, name: str, base_model: str | None = None):
         title="Tar, one model that understands and draws images",
         description="A language model that reads and writes images as tokens, with the image tokenizer (`ta_tok/`) and "
         "the de-tokenizer (`detokenizer/`) that go with it.",
-        usage=USAGE.replace("REPO", repr(name)),
+        repository=name,
+        usage=USAGE,
         facts={
             "language model": f"{config['model_type']}, {config.get('num_hidden_layers')} layers",
             "vocabulary": config.get("vocab_size"),

@@ -90,9 +90,8 @@ def convert_diffusion_detok(
             title="SANA as a diffusion de-tokenizer for TA-Tok",
             description="Draws an image from TA-Tok features, which take the place of SANA's text embeddings.",
             source=source.resolve().name,
-            usage=USAGE.replace("REPO", repr(Path(output).name)).replace(
-                "INPUT", "features=features" if ta_tok is None else "codes=codes"
-            ),
+            repository=Path(output).name,
+            usage=USAGE.replace("INPUT", "features=features" if ta_tok is None else "codes=codes"),
             facts={
                 "image size": f"{size} x {size}",
                 "draws from": "features" if ta_tok is None else "features or codes",

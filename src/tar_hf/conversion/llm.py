@@ -101,7 +101,8 @@ def write_llm_card(
         description=f"{config.model_type} whose vocabulary goes on with the codes of TA-Tok: images are tokens, in and "
         "out.",
         source=source,
-        usage=USAGE.replace("REPO", repr(name)),
+        repository=name,
+        usage=USAGE,
         facts={
             "vocabulary": config.vocab_size,
             "codes": f"{vocabulary.codebook_size}, from id {vocabulary.first_code_id}",

@@ -1,5 +1,6 @@
 """Model cards of converted repositories, with the metadata that the Hub reads."""
 
+import json
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -46,6 +47,7 @@ def write_model_card(
     title: str,
     description: str,
     source: str | None = None,
+    repository: str,
     usage: str,
     facts: dict[str, object],
     pipeline_tag: str,
@@ -53,7 +55,10 @@ def write_model_card(
     tags: tuple[str, ...] = (),
     library_name: str = "transformers",
 ):
-    """Writes `README.md`. `facts` become a table; `source` is the name of what was converted, if anything was."""
+    """
+    Writes `README.md`. `facts` become a table; `source` is the name of what was converted, if anything was; `usage` is
+    Python that loads `REPO`, which stands for the name of the `repository`.
+    """
     from tar_hf import __version__
 
     metadata = ModelCardData(
@@ -71,7 +76,7 @@ def write_model_card(
             paper=PAPER,
             origin=ORIGINS[source is not None].format(source=source, version=__version__),
             table="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-            usage=usage.strip(),
+            usage=usage.strip().replace("REPO", json.dumps(repository, ensure_ascii=False)),
             note=TRUST_NOTE if "trust_remote_code" in usage else "",
         )
     ).save(folder / "README.md")

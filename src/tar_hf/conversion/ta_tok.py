@@ -104,7 +104,8 @@ def write_ta_tok_card(
         description="Turns an image into codes of a codebook that is projected from language-model embeddings, and "
         "codes into the features that a de-tokenizer draws from.",
         source=source,
-        usage=USAGE.replace("REPO", repr(name)),
+        repository=name,
+        usage=USAGE,
         facts={
             "image size": f"{config.image_size} x {config.image_size}",
             "codes": f"{config.codebook_size} of width {config.codebook_dim}",

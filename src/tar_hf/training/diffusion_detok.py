@@ -676,7 +676,8 @@ def _write_card(folder, pipeline, recipe):
         folder,
         title="SANA as a diffusion de-tokenizer for TA-Tok",
         description="Draws an image from TA-Tok features, which take the place of SANA's text embeddings.",
-        usage=USAGE.replace("REPO", repr(folder.name)).replace("INPUT", "features=features"),
+        repository=folder.name,
+        usage=USAGE.replace("INPUT", "features=features"),
         facts={
             "image size": f"{size} x {size}",
             "draws from": "features",
