@@ -91,6 +91,8 @@ def test_answers_to_pictures_are_about_them():
             assert scorer.same_things(*row["image"])
         elif "but" in question and answer == "<image>":
             assert {thing.color for thing in row["image"][1].things} == {question.split()[-1]}
+        elif len(row["image"]) == 2 and answer != "<image>":
+            assert answer == ("yes" if is_made_of(*row["image"], question) else "no")
         elif "<image>" in question and answer != "<image>":
             (scene,) = row["image"]
             questions = [question.removeprefix("<image>\n"), *(question for question, _ in turns[1:])]
@@ -216,3 +218,14 @@ def test_splits_and_seeds():
 
     assert scenes("train", 0) == scenes("train", 0)
     assert not {str(s) for s in scenes("train", 0)} & {str(s) for s in scenes("train", 1) + scenes("test", 0)}
+
+
+def test_prompts_name_some_colors_and_others_not():
+    mixed = Counter()
+    for row in islice(data.conversations("train"), 600):
+        (question, answer), *_ = turns_of(row)
+        if answer == "<image>" and "<image>" not in question:
+            shapes = [word for word in question.split() if word.rstrip("s.,") in world.SHAPES]
+            colors = [word for word in question.split(" on ")[0].split() if word in world.COLORS]
+            mixed[0 < len(colors) < len(shapes)] += 1
+    assert 0.1 < mixed[True] / sum(mixed.values()) < 0.3

@@ -97,6 +97,8 @@ def test_splits_share_no_prompt_and_no_combination(kind):
         prompts[split] = {prompt for prompt, _, _ in drawn}
         wishes[split] = {world.wish_key(wish) for _, wish, _ in drawn if not world.few_combinations(wish)}
         scenes[split] = {world.scene_key(scene) for _, _, scene in drawn}
+    for _, wish, _ in islice(world.samples("train", kind=world.MIXED), 1000):
+        assert world.wish_key(wish) not in wishes["test"] | wishes["validation"]
     for sets in (prompts, wishes, scenes):
         assert not sets["train"] & sets["test"]
         assert not sets["train"] & sets["validation"]
@@ -150,3 +152,11 @@ def test_a_wrong_claim_differs_in_one_word_mostly_in_the_place():
     assert len(placed) > 200 and all((other.groups, other.background) == (wish.groups, "white") for other in placed)
     alone = replace(wish, relation=None)
     assert all(world.altered(alone, draw).relation is None for _ in range(100))
+
+
+def test_mixed_prompts_name_the_colors_of_some():
+    wishes = [wish for _, wish, _ in islice(world.samples("train", kind=world.MIXED), 300)]
+    named = Counter(sum(color is not None for _, color, _ in wish.groups) / len(wish.groups) for wish in wishes)
+    assert set(named) == {0, 1 / 3, 1 / 2, 2 / 3, 1} and named[1 / 2] > 60
+    assert {len(wish.groups) for wish in wishes} == {2, 3} and max(wish.num_things for wish in wishes) == 4
+    assert 100 < sum(wish.relation is not None for wish in wishes) < 200

@@ -29,6 +29,7 @@ SCHEMA = pa.schema(
 )
 ROWS_PER_GROUP = 500
 CLAIMS = 4  # about one picture
+MIXED_SHARE = 0.3  # of the prompts
 
 # What the assistant does, and how often.
 TASKS = {"text_to_image": 14, "image_to_text": 10, "text_to_text": 1, "image_to_image": 3, "text_image_to_image": 3}
@@ -82,7 +83,7 @@ def _name(thing):
 def conversations(split: str, seed: int = 0) -> Iterator[dict]:
     """Endless rows: a picture asked for, or everything that there is to ask about one, in any order."""
     draw = random.Random(f"conversations/{split}/{seed}")
-    sources = world.samples(split, seed), world.scenes(split, seed)
+    sources = _samples(split, seed), world.scenes(split, seed)
     makers = {
         "text_to_image": _text_to_image,
         "image_to_text": _image_to_text,
@@ -96,6 +97,18 @@ def conversations(split: str, seed: int = 0) -> Iterator[dict]:
         while any(world.split_of(world.scene_key(scene)) != split for scene in images):  # a changed scene
             images, *texts = makers[task](draw, *sources)
         yield {"image": images, "text": None, "regions": None, "conversations": conversation(texts)}
+
+
+def _samples(split, seed):
+    """
+    Prompts of the kinds, and mixed ones.
+
+    Where colors always come together or not at all, there are so few prompts without that a model learns them by heart.
+    """
+    draw = random.Random(f"samples/{split}/{seed}")
+    kinds, mixed = world.samples(split, seed), world.samples(split, seed, world.MIXED)
+    while True:
+        yield next(mixed if draw.random() < MIXED_SHARE else kinds)
 
 
 def conversation(texts: Iterable[str]) -> str:

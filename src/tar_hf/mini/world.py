@@ -8,6 +8,7 @@ Shapes are 18 to 36 pixels across (their bounding boxes are square), at least 4 
 """
 
 import hashlib
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -115,6 +116,7 @@ class Wish:
 
 
 KINDS = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
+MIXED = "mixed"  # of no kind: things of which some have a color in the prompt and some have not
 WORDINGS = (
     "{}",
     "{}.",
@@ -150,13 +152,21 @@ def phrase(wish: Wish, background_wording: int = 0) -> str:
 
 
 def draw_wish(draw: random.Random, kind: str | None = None) -> Wish:
-    """A wish of a kind; with colors, counts and a background where the kind leaves them open, now and then."""
+    """A wish of a kind, or mixed; with colors, counts and a canvas where the kind leaves them open, now and then."""
     kind = kind or draw.choice(KINDS)
     background = draw.choice(list(BACKGROUNDS)) if draw.random() < 0.3 else None
 
     def color(chance):
         return draw.choice(list(COLORS)) if draw.random() < chance else None
 
+    if kind == MIXED:
+        if draw.random() < 0.5:
+            groups = tuple((1, color(0.5), shape) for shape in draw.sample(SHAPES, 2))
+            return Wish(groups, draw.choice(list(RELATIONS)), background)
+        shapes = draw.sample(SHAPES, draw.choice((2, 2, 3)))
+        counts = draw.choice([c for c in itertools.product((1, 2, 3), repeat=len(shapes)) if sum(c) <= max(NUMBERS)])
+        groups = tuple((count, color(0.5), shape) for count, shape in zip(counts, shapes, strict=True))
+        return Wish(groups, background=background)
     if kind in ("single_object", "colors"):
         group = (1, draw.choice(list(COLORS)) if kind == "colors" else None, draw.choice(SHAPES))
         return Wish((group,), background=background)
@@ -421,7 +431,7 @@ def samples(split: str, seed: int = 0, kind: str | None = None) -> Iterator[tupl
         split (`str`): `train`, `validation` or `test`. The sets of prompts do not overlap, nor do those of scenes, and
             combinations of words that one split is about are asked for in no wording of another.
         seed (`int`, *optional*, defaults to `0`): Of the stream.
-        kind (`str`, *optional*): One of `KINDS`. By default all.
+        kind (`str`, *optional*): One of `KINDS`, or `MIXED`. By default all of `KINDS`.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
