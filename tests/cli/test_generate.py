@@ -31,8 +31,9 @@ def same(file, picture):
 def test_one_picture(run, pipe, tmp_path):
     out = tmp_path / "out.png"
     options = ["--seed", 7, "--temperature", 0.8, "--top-p", 0.9, "--top-k", 0, "--guidance-scale", 2]
+    options += ["--prompt-guidance-scale", 1.5]
     assert run("generate", "a cät", "-o", out, "--scale", 3, *options) == (0, [str(out)], [])
-    settings = {"temperature": 0.8, "top_p": 0.9, "top_k": 0, "guidance_scale": 2.0}
+    settings = {"temperature": 0.8, "top_p": 0.9, "top_k": 0, "guidance_scale": 2.0, "prompt_guidance_scale": 1.5}
     assert same(out, draw(pipe, "a cät", 7, **settings))
     again = tmp_path / "again.png"
     assert run("generate", "a cät", "-o", again, "--scale", 3, *options, "--jacobi-window", 8)[0] == 0
@@ -59,7 +60,7 @@ def test_metadata(run, picture, tmp_path):
         **named,
         **{"seed": 3, "command": "generate", "dtype": "float32", "images": ["photo.png"], "batch_size": 1},
         **{"scale": 3, "image_scale": 3, "temperature": 1.0, "top_p": 0.95, "top_k": 1200},
-        **{"guidance_scale": 4.0, "self_reflect": None},
+        **{"guidance_scale": 4.0, "prompt_guidance_scale": 1.0, "self_reflect": None},
     }
     assert bytes(tmp_path) not in out.read_bytes()
 

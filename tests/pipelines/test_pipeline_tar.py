@@ -146,7 +146,8 @@ def test_windows_draw_the_same_images(pipe, picture):
     """Prompts of different lengths, with and without images, each for several images, at each one's own pace."""
     prompts, images = ["a red circle", "three small dogs on a long white boat", "like this"], [None, None, [picture]]
     options = {"images": images, "scale": 3, "image_scale": 3, "num_images_per_prompt": 2}
-    for more in ({}, {"do_sample": False}, {"temperature": 0.5, "top_p": 0.8}, {"self_reflect": 2}):
+    guided = {"prompt_guidance_scale": 2.0}
+    for more in ({}, {"do_sample": False}, {"temperature": 0.5, "top_p": 0.8}, {"self_reflect": 2}, guided):
         one_by_one = pipe(prompts, generator=seeds(*range(6)), **options, **more)
         calls = []
         windows = pipe(
@@ -161,6 +162,51 @@ def test_windows_draw_the_same_images(pipe, picture):
         assert [image.tobytes() for image in windows.images] == [image.tobytes() for image in one_by_one.images]
         ends = {stage: (done, total) for stage, done, total in calls}
         assert ends == {"encode": (1, 1), "codes": (81, 81), "pixels": (16, 16)}
+
+
+# Guidance by prompts
+
+
+def test_guidance_leads_away_from_the_empty_request(pipe, picture):
+    """Each code is the best of both expectations, by prompts of different lengths, for several images each."""
+    prompts = ["a red circle", "three small dogs on a long white boat", "like <image>"]
+    images = [None, None, [picture]]
+    options = {"images": images, "scale": 3, "image_scale": 3, "do_sample": False, "num_images_per_prompt": 2}
+    plain = pipe(prompts, **options).codes
+    assert torch.equal(pipe(prompts, prompt_guidance_scale=1, **options).codes, plain)
+    guided = pipe(prompts, prompt_guidance_scale=3.0, **options).codes
+    assert torch.equal(guided[::2], guided[1::2]) and not torch.equal(guided, plain)
+    asked = pipe.code_logits(prompts, guided[::2], images=images, scale=3, image_scale=3)
+    given = [[], [], pipe.encode(picture, scale=3)]
+    rows = [*pipe._drawing_rows(prompts, given, 3), *pipe._drawing_rows([""], [[]], 3)]
+    for codes, ours, row in zip(guided[::2], asked, rows, strict=False):
+        both = []
+        for ids in (row, rows[-1]):
+            whole = torch.tensor([[*ids, *pipe.vocabulary.codes_to_ids(codes).tolist()]])
+            logits = pipe.model(whole).logits[0, len(ids) - 1 : -1, pipe.vocabulary.first_code_id :]
+            both.append(logits[:, : pipe.vocabulary.codebook_size])
+        torch.testing.assert_close(both[0], ours, atol=1e-4, rtol=1e-4)
+        assert torch.equal((both[1] + 3.0 * (both[0] - both[1])).argmax(-1), codes)
+
+
+def test_a_guided_image_does_not_depend_on_those_beside_it(pipe):
+    options = {"scale": 3, "prompt_guidance_scale": 1.5}
+    both = pipe(["a cat", "three small dogs on a boat"], generator=seeds(1, 2), **options)
+    alone = pipe("three small dogs on a boat", generator=seeds(2), **options)
+    assert torch.equal(alone.codes[0], both.codes[1]) and alone.images[0].tobytes() == both.images[1].tobytes()
+
+
+def test_guidance_is_the_models_own_unless_said_otherwise(pipe):
+    plain = pipe("a dog", scale=3, generator=seeds(2)).codes
+    guided = pipe("a dog", scale=3, prompt_guidance_scale=4.0, generator=seeds(2)).codes
+    assert pipe.default_prompt_guidance_scale == 1 and not torch.equal(plain, guided)
+    pipe.model.generation_config.prompt_guidance_scale = 4.0
+    try:
+        assert torch.equal(pipe("a dog", scale=3, generator=seeds(2)).codes, guided)
+        assert torch.equal(pipe("a dog", scale=3, prompt_guidance_scale=1, generator=seeds(2)).codes, plain)
+        pipe.generate_text("Hello", max_new_tokens=2)
+    finally:
+        del pipe.model.generation_config.prompt_guidance_scale
 
 
 # Parts
@@ -355,6 +401,8 @@ def test_callback_sees_every_stage_and_interrupts(pipe, picture):
         (lambda pipe, image: pipe("spelt <I5>"), "must not spell visual tokens such as <I5>"),
         (lambda pipe, image: pipe("a", output_type="jpeg"), "output_type must be"),
         (lambda pipe, image: pipe("a", jacobi_window=1), "jacobi_window must be a number of tokens, at least 2"),
+        (lambda pipe, image: pipe("a", prompt_guidance_scale=0.5), "prompt_guidance_scale must be at least 1, got 0.5"),
+        (lambda pipe, image: pipe("a", prompt_guidance_scale=float("nan")), "got nan"),
         (lambda pipe, image: pipe.generate_text("a", generator=seeds(1)), "do_sample=True"),
         (lambda pipe, image: pipe.generate_text("a", do_sample=True, num_beams=2), "num_beams=2 only goes with do_sam"),
         (lambda pipe, image: pipe.decode(torch.tensor([[512] * 81])), r"0\.\.511"),

@@ -139,6 +139,37 @@ def test_the_scale_is_drawn_by_weight_among_those_of_the_row(conversations, toke
         ConversationTokenizer(tokenizer, scale_weights={1: 1})(images, random.Random(0))
 
 
+def test_requests_for_images_are_dropped_now_and_then(tokenizer):
+    dropping = ConversationTokenizer(tokenizer, prompt_dropout=0.5)
+    ours, _, _ = read(f"{SYSTEM} {USER} {END} {ASSISTANT} <im_start> <S2> <I2> <I1> <im_end> {STOP}")
+    for turns, given in (
+        ([("user", "A cat."), ("assistant", "<image>")], []),
+        ([("system", "Yes"), ("user", "<image> A cat."), ("assistant", "<image>")], [[3, 4]]),
+    ):
+        whole = ConversationTokenizer(tokenizer)(row(turns, [*given, [2, 1]]), random.Random(0))["input_ids"].tolist()
+        drawn = Counter()
+        for seed in range(200):
+            example = dropping(row(turns, [*given, [2, 1]]), random.Random(seed))
+            ids = example["input_ids"].tolist()
+            drawn[tokenizer.convert_ids_to_tokens(ids) == ours] += 1
+            assert ids == whole or tokenizer.convert_ids_to_tokens(ids) == ours
+            assert (example["labels"] != -100).sum() == 6  # tags, scale and codes, in either case
+        assert 70 < drawn[True] < 130
+    for name in ("image to text", "text to text", "text and images to image"):
+        turns, codes, _ = EXAMPLES[name]  # an answer that has words
+        whole = ConversationTokenizer(tokenizer)(row(turns, codes), random.Random(0))["input_ids"]
+        for seed in range(20):
+            assert torch.equal(dropping(row(turns, codes), random.Random(seed))["input_ids"], whole)
+
+
+def test_an_empty_request_reads_as_the_pipeline_builds_it(tokenizer, tar_repo):
+    pipe = TarPipeline.from_pretrained(tar_repo)
+    dropping = ConversationTokenizer(tokenizer, prompt_dropout=0.99)
+    ids = dropping(row([("user", "A cat."), ("assistant", "<image>")], [[2, 1]]), random.Random(0))["input_ids"]
+    (prompt,) = pipe._drawing_rows([""], [[]], 3)
+    assert ids[: len(prompt)].tolist() == prompt
+
+
 def test_rows_that_cannot_be_used(conversations, tokenizer):
     draw = random.Random(0)
     pictures = read_row(
@@ -169,6 +200,8 @@ def test_settings_that_cannot_be_used(tokenizer):
         ConversationTokenizer(tokenizer, scale_weights={})
     with pytest.raises(ValueError, match="scale 2 needs a weight above 0"):
         ConversationTokenizer(tokenizer, scale_weights={1: 1, 2: 0})
+    with pytest.raises(ValueError, match="prompt_dropout must be at least 0 and below 1, got 1"):
+        ConversationTokenizer(tokenizer, prompt_dropout=1)
     changed = pickle.loads(pickle.dumps(tokenizer))
     changed.chat_template = changed.chat_template.replace("message['content'] +", "message['content'] | upper +")
     with pytest.raises(ValueError, match="write answers as they are"):

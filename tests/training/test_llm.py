@@ -60,15 +60,18 @@ def test_overfits_a_batch_and_the_repository_draws_and_tells_it(llm_recipe, llm_
     assert "with the image tokenizer (`ta_tok/`)" in (output / "README.md").read_text()
 
 
-def test_a_trained_model_says_how_many_candidates_it_draws(llm_recipe, tar_repo):
-    output = train(llm_recipe("out", "model.self_reflect=2", max_steps=1))
+def test_a_trained_model_says_how_it_draws(llm_recipe, tar_repo):
+    output = train(llm_recipe("out", "model.self_reflect=2", "model.prompt_guidance_scale=1.5", max_steps=1))
     pipe = TarPipeline.from_pretrained(output)
     assert pipe.default_self_reflect == 2 and TarPipeline.from_pretrained(tar_repo).default_self_reflect is None
+    assert pipe.default_prompt_guidance_scale == 1.5
     assert pipe("A cat.", scale=3).scores.shape == (1, 2)
     further = train(llm_recipe("further", base=output, max_steps=1))
     assert TarPipeline.from_pretrained(further).default_self_reflect == 2
     with pytest.raises(RecipeError, match="self_reflect must be at least 1"):
         llm_recipe("other", "model.self_reflect=0")
+    with pytest.raises(RecipeError, match="prompt_guidance_scale must be at least 1"):
+        llm_recipe("other", "model.prompt_guidance_scale=0.5")
 
 
 def test_a_killed_run_goes_on_as_an_unbroken_one(llm_recipe, kill, tmp_path):
@@ -156,8 +159,9 @@ def test_trl_takes_the_pretokenised_set(llm_rows, tar_repo, tmp_path):
     assert logged(trainer) == pytest.approx([model(**batch).loss.item()], abs=1e-5)
 
 
-def test_losses_of_text_and_images(llm_recipe, llm_rows):
-    evaluated = [f"data.eval_sources=[{{path: {llm_rows}}}]"]
+@pytest.mark.parametrize("text_weight", [1, 2.5])
+def test_losses_of_text_and_images(llm_recipe, llm_rows, text_weight):
+    evaluated = [f"data.eval_sources=[{{path: {llm_rows}}}]", f"text_weight={text_weight}"]
     trainer = build(llm_recipe("out", *evaluated, max_steps=1, learning_rate=0.0, per_device_eval_batch_size=3))
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     with torch.no_grad():
@@ -166,7 +170,8 @@ def test_losses_of_text_and_images(llm_recipe, llm_rows):
     losses = -logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     text, image = (labels >= 0) & (labels < 399), labels >= 399
     assert text.sum() == 15 and image.sum() == 2 * (81 + 3)
-    expected = {"loss": losses[text | image], "loss_text": losses[text], "loss_image": losses[image]}
+    weighted = torch.where(text, text_weight * losses, losses)
+    expected = {"loss": weighted[text | image], "loss_text": losses[text], "loss_image": losses[image]}
     expected = {name: values.mean().item() for name, values in expected.items()}
     run(trainer)
     for name, value in expected.items():
@@ -176,6 +181,13 @@ def test_losses_of_text_and_images(llm_recipe, llm_rows):
     assert metrics["eval_loss_text"] == pytest.approx(expected["loss_text"], abs=1e-5)
     assert metrics["eval_loss_image"] == pytest.approx(expected["loss_image"], abs=1e-5)
     assert 0 < metrics["eval_loss"] < 100 and logged(trainer, "eval_loss_text") == [metrics["eval_loss_text"]]
+
+
+def test_weights_that_cannot_be_used(llm_recipe):
+    with pytest.raises(RecipeError, match="text_weight must be above 0, got 0"):
+        llm_recipe("out", "text_weight=0")
+    with pytest.raises(RecipeError, match="prompt_dropout must be at least 0 and below 1, got 1.5"):
+        build(llm_recipe("out", "prompt_dropout=1.5"))
 
 
 # Bases

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tar_hf.cli.model import check_model, load_model, model_settings
-from tar_hf.cli.options import add_model_options, count, seed
+from tar_hf.cli.options import add_model_options, count, guidance, seed
 from tar_hf.cli.progress import progress
 
 
@@ -30,6 +30,12 @@ def add_parser(commands):
         type=count,
         metavar="N",
         help="candidates that the model chooses from; default: as the model says, 1 is off",
+    )
+    parser.add_argument(
+        "--prompt-guidance-scale",
+        type=guidance,
+        metavar="G",
+        help="of the language model; default: as the model says, 1 is off",
     )
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default test")
     parser.add_argument(
@@ -65,7 +71,7 @@ def _evaluate(arguments, folder=None):
     pipe = load_model(arguments, "model", "encoder", "decoder", "detokenizer")
     settings = model_settings(arguments)
     options = {"count": arguments.count, "seed": arguments.seed, "split": arguments.split, "name": settings["model"]}
-    options |= {"scale": arguments.scale, "self_reflect": arguments.self_reflect}
+    options |= {name: getattr(arguments, name) for name in ("scale", "self_reflect", "prompt_guidance_scale")}
     with progress() as report:
         result = evaluate(pipe, callback=report, **options)
     result["settings"] |= settings

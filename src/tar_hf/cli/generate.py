@@ -10,6 +10,7 @@ from tar_hf.cli.options import (
     add_model_options,
     add_scale_option,
     count,
+    guidance,
     limit,
     positive,
     share,
@@ -41,6 +42,12 @@ def add_parser(commands):
     parser.add_argument("--top-p", type=share, default=0.95, metavar="P", help="1 is no limit; default 0.95")
     parser.add_argument("--top-k", type=limit, default=1200, metavar="K", help="0 is no limit; default 1200")
     parser.add_argument(
+        "--prompt-guidance-scale",
+        type=guidance,
+        metavar="G",
+        help="of the language model, which has to be trained for it; 1 is off; default: as the model says",
+    )
+    parser.add_argument(
         "--self-reflect",
         type=count,
         metavar="N",
@@ -63,7 +70,8 @@ def add_parser(commands):
 
 
 # What of the arguments goes to `TarPipeline` as it is, and into the pictures.
-SETTINGS = ("scale", "image_scale", "temperature", "top_p", "top_k", "guidance_scale", "self_reflect")
+SETTINGS = ("scale", "image_scale", "temperature", "top_p", "top_k")
+SETTINGS += ("guidance_scale", "prompt_guidance_scale", "self_reflect")
 
 
 def _generate(arguments):

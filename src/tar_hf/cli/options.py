@@ -57,6 +57,10 @@ def positive(text: str) -> float:
     return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
+def guidance(text: str) -> float:
+    return _number(text, float, lambda value: 1 <= value < math.inf, "a number from 1 on")
+
+
 def share(text: str) -> float:
     return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and up to 1")
 

@@ -73,6 +73,7 @@ def evaluate(
     name: str | None = None,
     scale: int = 1,
     self_reflect: int | None = None,
+    prompt_guidance_scale: float | None = None,
 ) -> dict:
     """
     Draws, describes, varies, edits and reconstructs.
@@ -94,6 +95,7 @@ def evaluate(
         scale (`int`, *optional*, defaults to `1`): Of the codes of all pictures, read and drawn.
         self_reflect (`int`, *optional*): Candidates of which the system itself chooses the picture of a prompt. By
             default as many as its own settings say.
+        prompt_guidance_scale (`float`, *optional*): How much prompts guide. By default as its own settings say.
 
     Returns:
         `dict`: `scores` by measure, in 0..1, `None` where the split has nothing to ask (training holds no `unseen`);
@@ -104,7 +106,13 @@ def evaluate(
         raise ValueError(f"count must be a positive number, got {count}")
     start = time.perf_counter()
     right, samples = {}, []
-    drawing = {"scale": scale, "self_reflect": pipe.default_self_reflect if self_reflect is None else self_reflect}
+    drawing = {
+        "scale": scale,
+        "self_reflect": pipe.default_self_reflect if self_reflect is None else self_reflect,
+        "prompt_guidance_scale": (
+            pipe.default_prompt_guidance_scale if prompt_guidance_scale is None else prompt_guidance_scale
+        ),
+    }
     for measure, tasks in _tasks(split, seed, count):
         drawn = _draw(pipe, measure, tasks, seed, drawing, callback)
         right[measure] = [sample.right for sample in drawn]

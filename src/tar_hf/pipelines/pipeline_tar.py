@@ -442,6 +442,12 @@ class TarPipeline:
         `generation_config`."""
         return getattr(self.model.generation_config, "self_reflect", None)
 
+    @property
+    def default_prompt_guidance_scale(self) -> float:
+        """How much a prompt guides unless a call says otherwise: `prompt_guidance_scale` in the language model's
+        `generation_config`, or 1, not at all, as the original draws."""
+        return getattr(self.model.generation_config, "prompt_guidance_scale", None) or 1.0
+
     def __call__(
         self,
         prompt: str | list[str],
@@ -454,6 +460,7 @@ class TarPipeline:
         top_p: float = 0.95,
         top_k: int = 1200,
         guidance_scale: float | None = None,
+        prompt_guidance_scale: float | None = None,
         self_reflect: int | None = None,
         jacobi_window: int | None = None,
         generator=None,
@@ -473,6 +480,9 @@ class TarPipeline:
             num_images_per_prompt (`int`, *optional*, defaults to `1`): Images for each prompt.
             do_sample, temperature, top_p, top_k: How the language model draws codes. `top_k=0` is no limit.
             guidance_scale (`float`, *optional*): Of the de-tokenizer, see `default_guidance_scale`; 1 turns it off.
+            prompt_guidance_scale (`float`, *optional*): Of the language model: how far it is led away from the codes
+                that it would draw on an empty request, which it has to have learnt (`prompt_dropout` in training); 1
+                turns it off, and by default it is as `default_prompt_guidance_scale` says. Twice the rows a step.
             self_reflect (`int`, *optional*): Draws so many candidates for each image, lets the language model judge
                 them by their codes, and only turns the best into pixels: the paper's self-reflection. 1 turns it off,
                 and by default it is as `default_self_reflect` says.
@@ -490,6 +500,10 @@ class TarPipeline:
         for name, value in (("num_images_per_prompt", num_images_per_prompt), ("self_reflect", self_reflect or 1)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if prompt_guidance_scale is None:
+            prompt_guidance_scale = self.default_prompt_guidance_scale
+        if not prompt_guidance_scale >= 1:
+            raise ValueError(f"prompt_guidance_scale must be at least 1, got {prompt_guidance_scale}")
         self.vocabulary.scale_id(scale)
         generators = make_generators(generator, len(prompts) * num_images_per_prompt)
         self._source("detokenizer", "drawing images")
@@ -505,10 +519,12 @@ class TarPipeline:
 
         given = self._read(images, image_scale, callback)
         rows = self._drawing_rows(prompts, given, scale)
+        (empty,) = self._drawing_rows([""], [[]], scale)
         candidates = self_reflect or 1
         uniform = draw_uniform(len(generators), candidates * tokens, generators, "cpu").view(-1, tokens)
         options = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        codes = self._draw_codes(rows, uniform, jacobi_window=jacobi_window, callback=callback, **options)
+        options |= {"guidance_scale": prompt_guidance_scale, "empty": empty, "jacobi_window": jacobi_window}
+        codes = self._draw_codes(rows, uniform, callback=callback, **options)
         scores = None
         if candidates > 1:
             requests = [request for request in zip(prompts, given, strict=True) for _ in range(num_images_per_prompt)]
@@ -526,13 +542,31 @@ class TarPipeline:
         ]
 
     @torch.no_grad()
-    def _draw_codes(self, rows, uniform, do_sample, temperature, top_p, top_k, jacobi_window=None, callback=None):
+    def _draw_codes(
+        self,
+        rows,
+        uniform,
+        do_sample,
+        temperature,
+        top_p,
+        top_k,
+        guidance_scale=1.0,
+        empty=None,
+        jacobi_window=None,
+        callback=None,
+    ):
         """Prompts as token ids, and one uniform number a code (images, N) -> codes (images, N).
 
         Each prompt is read once, however many images it gets. Only the visual rows of the output layer are computed, so
-        that every token is a code, and exactly N come.
+        that every token is a code, and exactly N come. With guidance the second half of a batch has the same codes
+        behind the empty request.
         """
-        copies, tokens = len(uniform) // len(rows), uniform.shape[1]
+        images, tokens = uniform.shape
+        sources = torch.arange(len(rows)).repeat_interleave(images // len(rows))  # of each row that is drawn
+        guided = guidance_scale != 1
+        if guided:
+            sources = torch.cat([sources, torch.full_like(sources, len(rows))])
+            rows = [*rows, empty]
         warpers = LogitsProcessorList()
         if do_sample:
             warpers.append(TemperatureLogitsWarper(temperature))
@@ -540,7 +574,16 @@ class TarPipeline:
                 warpers.append(TopKLogitsWarper(top_k))
             if top_p < 1:
                 warpers.append(TopPLogitsWarper(top_p))
-        uniform = uniform.to(self.model.device)
+        uniform, sources = uniform.to(self.model.device), sources.to(self.model.device)
+
+        def twice(tensor):
+            return torch.cat([tensor, tensor]) if guided else tensor
+
+        def guide(logits):
+            if not guided:
+                return logits
+            asked, empty = logits.chunk(2)
+            return empty + guidance_scale * (asked - empty)
 
         def choose(logits, columns):
             """Codes (n,) by logits (n, K), for the columns (B, n / B)."""
@@ -551,19 +594,19 @@ class TarPipeline:
         ids, mask = self._pad(rows)
         cache = DynamicCache(config=self.model.config)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = self._visual_logits(ids, mask, positions, cache, last=1)[:, 0].repeat_interleave(copies, 0)
-        mask, positions = (tensor.repeat_interleave(copies, 0) for tensor in (mask, positions[:, -1:] + 1))
-        if copies > 1:
-            cache.batch_repeat_interleave(copies)
+        logits = guide(self._visual_logits(ids, mask, positions, cache, last=1)[sources, 0])
+        mask, positions = mask[sources], positions[sources, -1:] + 1
+        if len(sources) > len(rows):
+            cache.batch_select_indices(sources)
 
         if jacobi_window is not None:
             cache = RowCache(cache, tokens + jacobi_window, mask)
 
             def next_logits(codes, columns):
+                ids, columns = twice(codes + self.vocabulary.first_code_id), twice(columns)
                 places = mask.shape[1] + columns
                 seen = cache.move(places, places.max().item() + 1)
-                ids = codes + self.vocabulary.first_code_id
-                return self._visual_logits(ids, seen, positions + columns, cache, last=jacobi_window)
+                return guide(self._visual_logits(ids, seen, positions + columns, cache, last=jacobi_window))
 
             def on_step(codes, known):
                 report(callback, "codes", known, tokens)
@@ -572,15 +615,15 @@ class TarPipeline:
 
         reserve(cache, ids.shape[1] + tokens)
         mask = self._decoding_mask(mask, tokens)
-        codes = torch.empty(len(uniform), 0, dtype=torch.long, device=self.model.device)
+        codes = torch.empty(images, 0, dtype=torch.long, device=self.model.device)
         for step in range(1, tokens + 1):
-            column = torch.full_like(positions, step - 1)
+            column = torch.full((images, 1), step - 1, device=self.model.device)
             codes = torch.cat([codes, choose(logits, column)[:, None]], 1)
             report(callback, "codes", step, tokens)
             if step < tokens:
                 shown = mask[..., : mask.shape[-1] - tokens + step]
-                ids = codes[:, -1:] + self.vocabulary.first_code_id
-                logits = self._visual_logits(ids, shown, positions + column, cache, last=1)[:, 0]
+                ids = twice(codes[:, -1:] + self.vocabulary.first_code_id)
+                logits = guide(self._visual_logits(ids, shown, positions + step - 1, cache, last=1)[:, 0])
         return codes.cpu()
 
     def _decoding_mask(self, mask, tokens):

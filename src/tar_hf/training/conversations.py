@@ -8,6 +8,7 @@ text, text to text, image to image, text and image to image.
 
 import random
 import re
+from dataclasses import replace
 
 import datasets
 import torch
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tar_hf.modeling.visual_vocabulary import SCALE, VisualVocabulary
 from tar_hf.pipelines.pipeline_tar import chat_messages
-from tar_hf.pipelines.tar_prompts import SYSTEM, VISUAL_TEXT
+from tar_hf.pipelines.tar_prompts import IMAGE, SYSTEM, VISUAL_TEXT
 from tar_hf.training.mixture import Mixture, Source
 from tar_hf.training.rows import SCALE_WEIGHTS, BadRow, Row
 
@@ -38,6 +39,9 @@ class ConversationTokenizer:
             the first token of its answer to the tag that closes it. `"original"`: the original's set, that is whole
             assistant messages with the role in front and the newline behind, and in all messages every newline token
             and chat tag.
+        prompt_dropout (`float`, *optional*, defaults to `0.0`): How often a row that only asks for an image, in words
+            or with images, is learnt with an empty request instead: what `prompt_guidance_scale` of a `TarPipeline`
+            leads away from.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class ConversationTokenizer:
         max_length: int = 2048,
         scale_weights: dict[int, float] | None = None,
         targets: str = "assistant",
+        prompt_dropout: float = 0.0,
     ):
         vocabulary = VisualVocabulary.from_tokenizer(tokenizer) if vocabulary is None else vocabulary
         scale_weights = SCALE_WEIGHTS if scale_weights is None else scale_weights
@@ -58,9 +63,12 @@ class ConversationTokenizer:
             vocabulary.scale_id(scale)
             if not weight > 0:
                 raise ValueError(f"scale {scale} needs a weight above 0, got {weight}: leave it out instead")
+        if not 0 <= prompt_dropout < 1:
+            raise ValueError(f"prompt_dropout must be at least 0 and below 1, got {prompt_dropout}")
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.max_length = max_length
+        self.prompt_dropout = prompt_dropout
         self.scale_weights = dict(scale_weights)
         self.targets = targets
         # Text that would turn into tokens with a meaning of their own.
@@ -74,7 +82,7 @@ class ConversationTokenizer:
         """
         Args:
             row (`Row`): With `codes` for each of its images.
-            draw (`random.Random`): Draws the scale.
+            draw (`random.Random`): Draws the scale, and whether the request is dropped.
 
         Returns:
             `input_ids` and `labels`, each a `torch.LongTensor` of shape `(tokens,)`; `labels` has -100 where nothing is
@@ -86,6 +94,8 @@ class ConversationTokenizer:
         """
         for _, text in row.turns:
             self._check(text)
+        if self.prompt_dropout and _only_asks_for_an_image(row) and draw.random() < self.prompt_dropout:
+            row = replace(row, turns=[("user", ""), row.turns[-1]], images=row.images[-1:], codes=row.codes[-1:])
         scale = self._draw_scale(row, draw)
         codes = self._image_ids(row, scale)
         ids, labels = [], []
@@ -161,6 +171,11 @@ class ConversationTokenizer:
         if len(ids) != 1:
             raise ValueError(f'targets="original" needs a tokenizer with one token for {text!r}, got {len(ids)}')
         return ids[0]
+
+
+def _only_asks_for_an_image(row):
+    *before, (_, answer) = row.turns
+    return answer.strip() == IMAGE and [role for role, _ in before] in (["user"], ["system", "user"])
 
 
 class PaddingCollator:

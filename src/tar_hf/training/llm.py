@@ -47,6 +47,8 @@ class LLMModelRecipe:
             `training.bf16` float32 weights compute in bfloat16 nevertheless.
         self_reflect (`int`, *optional*): How many candidates the trained model draws, and chooses from by its own
             judgement, unless a call says otherwise. By default as the base; 1 is none.
+        prompt_guidance_scale (`float`, *optional*): How much prompts guide the trained model's drawing, unless a call
+            says otherwise. By default as the base; 1 is none. More needs a `prompt_dropout`.
         attn_implementation (`str`, *optional*): `eager`, `sdpa`, `flash_attention_2`; by default the library's choice.
     """
 
@@ -56,11 +58,14 @@ class LLMModelRecipe:
     num_scales: int = 3
     dtype: str = "float32"
     self_reflect: int | None = None
+    prompt_guidance_scale: float | int | None = None
     attn_implementation: str | None = None
 
     def __post_init__(self):
         if self.self_reflect is not None and self.self_reflect < 1:
             raise RecipeError(f"model.self_reflect must be at least 1, got {self.self_reflect}")
+        if self.prompt_guidance_scale is not None and not self.prompt_guidance_scale >= 1:
+            raise RecipeError(f"model.prompt_guidance_scale must be at least 1, got {self.prompt_guidance_scale}")
         if self.dtype not in DTYPES:
             raise RecipeError(f"model.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.num_scales < 1:
@@ -80,6 +85,10 @@ class LLMRecipe(Recipe):
         packing (`bool`, *optional*, defaults to `False`): Puts the rows of a batch into as few sequences as they fit.
         scale_weights (`dict[int, float]`, *optional*, defaults to `{1: 2, 2: 1, 3: 1}`): How often each scale is drawn.
         targets (`str`, *optional*, defaults to `"assistant"`): What is learnt, see `ConversationTokenizer`.
+        prompt_dropout (`float`, *optional*, defaults to `0.0`): How often a request for an image is learnt as an empty
+            one, see `ConversationTokenizer`.
+        text_weight (`float`, *optional*, defaults to `1.0`): How much a target that is text counts beside one of an
+            image. An image has hundreds of targets, and an answer about it may have one.
     """
 
     model: LLMModelRecipe
@@ -88,25 +97,34 @@ class LLMRecipe(Recipe):
     packing: bool = False
     scale_weights: dict[int, float | int] = dataclasses.field(default_factory=SCALE_WEIGHTS.copy)
     targets: str = "assistant"
+    prompt_dropout: float | int = 0.0
+    text_weight: float | int = 1.0
+
+    def __post_init__(self):
+        if not self.text_weight > 0:
+            raise RecipeError(f"text_weight must be above 0, got {self.text_weight}")
 
 
 class LLMTrainer(TarTrainer):
     """
-    The stock Trainer's loss, and beside it the mean over the targets that are text and over those that are images.
+    The stock Trainer's loss, with targets that are text weighted, and beside it the mean over those that are text and
+    over those that are images.
 
     Targets of images are the codes, the scale and both tags; the chat tag that closes the turn is text.
 
     Args:
         vocabulary (`VisualVocabulary`): Tells the two apart.
+        text_weight (`float`, *optional*, defaults to `1.0`): See `LLMRecipe`.
         kwargs: Those of `TarTrainer`.
     """
 
     metric_names = ("loss_text", "loss_image")
 
-    def __init__(self, *args, vocabulary: VisualVocabulary, **kwargs):
+    def __init__(self, *args, vocabulary: VisualVocabulary, text_weight: float = 1.0, **kwargs):
         model = kwargs["model"] if "model" in kwargs else args[0]
         self.use_cache = model.config.use_cache  # Trainer turns it off
         self.vocabulary = vocabulary
+        self.text_weight = text_weight
         self.eval_sums = None  # (metrics, 2): sum and count, while an evaluation runs
         super().__init__(*args, compute_loss_func=self._loss, **kwargs)
         recipe = self.recipe
@@ -136,6 +154,7 @@ class LLMTrainer(TarTrainer):
             self.track(name, total / count.clamp(min=1), count)
             if self.eval_sums is not None:
                 self.eval_sums[self.metric_names.index(name)] += torch.stack([total, count])
+        losses = torch.where(visual, losses, self.text_weight * losses)
         return losses.sum() / (len(ids) if num_items_in_batch is None else num_items_in_batch)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
@@ -188,7 +207,12 @@ def build(recipe: LLMRecipe, kind: type[LLMTrainer] = LLMTrainer, **options) -> 
         model = add_lora(model, recipe.lora, vocabulary)
     try:
         conversations = ConversationTokenizer(
-            tokenizer, vocabulary, recipe.max_length, recipe.scale_weights, recipe.targets
+            tokenizer,
+            vocabulary,
+            recipe.max_length,
+            recipe.scale_weights,
+            recipe.targets,
+            recipe.prompt_dropout,
         )
     except ValueError as error:
         raise RecipeError(str(error)) from error
@@ -202,6 +226,7 @@ def build(recipe: LLMRecipe, kind: type[LLMTrainer] = LLMTrainer, **options) -> 
         eval_dataset=held_out,
         processing_class=tokenizer,
         vocabulary=vocabulary,
+        text_weight=recipe.text_weight,
         recipe=recipe,
         **options,
     )
@@ -223,10 +248,11 @@ def load_language_model(
     model, tokenizer = load_base(recipe.base, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation)
     # The code that the entry is about belongs to a whole Tar repository; `copy_parts` adds both.
     vars(model.config).pop("custom_pipelines", None)
-    if recipe.self_reflect is not None:
-        model.generation_config.self_reflect = recipe.self_reflect
-        # The library forgets what it does not know in a configuration that it has made of the model's.
-        model.generation_config._from_model_config = False
+    for name in ("self_reflect", "prompt_guidance_scale"):
+        if (value := getattr(recipe, name)) is not None:
+            setattr(model.generation_config, name, value)
+            # The library forgets what it does not know in a configuration that it has made of the model's.
+            model.generation_config._from_model_config = False
     if not _has_visual_tokens(tokenizer):
         set_seed(seed)
         return model, tokenizer, _expand(recipe, tokenizer, model)

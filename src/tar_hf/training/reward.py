@@ -126,6 +126,7 @@ class RewardTrainer(LLMTrainer):
             scale=recipe.scale,
             num_images_per_prompt=recipe.group_size,
             self_reflect=1,  # what the model draws, not the best that it chooses
+            prompt_guidance_scale=1.0,
             top_p=1.0,  # the whole distribution is what the gradient is of
             top_k=0,
             generator=self.row_generators(len(prompts) * recipe.group_size),
