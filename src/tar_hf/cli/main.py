@@ -1,12 +1,17 @@
 """The `tar-hf` command: thin commands over library calls. Heavy imports wait until a command runs."""
 
 import argparse
+import logging
 import os
 import signal
 import sys
 
 from tar_hf._version import __version__
 from tar_hf.cli import assemble, codes, convert, describe, evaluate, generate, merge, pretokenize, push, train
+
+
+# Where torchao is installed, importing diffusers makes these warn of parts of it that nothing here uses.
+CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command. Exit status: 0, 1 for a check that failed, 2 for wrong input (one line on stderr), 130 after
     an interrupt."""
     arguments = build_parser().parse_args(argv)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written folders are removed then too
     try:
         status = arguments.run(arguments)
