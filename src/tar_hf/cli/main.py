@@ -9,7 +9,6 @@ import sys
 from tar_hf._version import __version__
 from tar_hf.cli import assemble, codes, convert, describe, evaluate, generate, merge, pretokenize, push, train
 
-
 # Where torchao is installed, importing diffusers makes these warn of parts of it that nothing here uses.
 CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
