@@ -147,6 +147,7 @@ def test_a_model_that_chooses_by_default_is_trained_on_all_that_it_draws(reward_
     [
         (["group_size=1"], "group_size must be at least 2"),
         (["prompts=0"], "prompts must be at least 1"),
+        (["text_weight=0"], "text_weight must be above 0"),
         (["weight=0"], "weight must be above 0"),
         (["lora={}"], "leave lora out"),
         (["tasks=drawing_tasks"], "tasks must be module:function"),

@@ -79,6 +79,7 @@ class RewardRecipe(LLMRecipe):
     weight: float | int = 10.0
 
     def __post_init__(self):
+        super().__post_init__()
         if self.lora is not None:
             raise RecipeError("the reward stage trains the whole language model: leave lora out")
         if self.prompts < 1:
@@ -126,7 +127,7 @@ class RewardTrainer(LLMTrainer):
             scale=recipe.scale,
             num_images_per_prompt=recipe.group_size,
             self_reflect=1,  # what the model draws, not the best that it chooses
-            prompt_guidance_scale=1.0,
+            prompt_guidance_scale=1.0,  # as `code_logits` below
             top_p=1.0,  # the whole distribution is what the gradient is of
             top_k=0,
             generator=self.row_generators(len(prompts) * recipe.group_size),
