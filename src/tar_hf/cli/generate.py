@@ -70,8 +70,10 @@ def add_parser(commands):
 
 
 # What of the arguments goes to `TarPipeline` as it is, and into the pictures.
-SETTINGS = ("scale", "image_scale", "temperature", "top_p", "top_k")
-SETTINGS += ("guidance_scale", "prompt_guidance_scale", "self_reflect")
+SETTINGS = (
+    *("scale", "image_scale", "temperature", "top_p", "top_k"),
+    *("guidance_scale", "prompt_guidance_scale", "self_reflect"),
+)
 
 
 def _generate(arguments):

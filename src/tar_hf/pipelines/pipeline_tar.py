@@ -519,7 +519,7 @@ class TarPipeline:
 
         given = self._read(images, image_scale, callback)
         rows = self._drawing_rows(prompts, given, scale)
-        (empty,) = self._drawing_rows([""], [[]], scale)
+        empty = self._drawing_rows([""], [[]], scale)[0] if prompt_guidance_scale != 1 else None
         candidates = self_reflect or 1
         uniform = draw_uniform(len(generators), candidates * tokens, generators, "cpu").view(-1, tokens)
         options = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -558,12 +558,12 @@ class TarPipeline:
         """Prompts as token ids, and one uniform number a code (images, N) -> codes (images, N).
 
         Each prompt is read once, however many images it gets. Only the visual rows of the output layer are computed, so
-        that every token is a code, and exactly N come. With guidance the second half of a batch has the same codes
-        behind the empty request.
+        that every token is a code, and exactly N come. With the row of an empty request the second half of a batch has
+        the same codes behind it, and guidance leads away from what is expected there.
         """
         images, tokens = uniform.shape
         sources = torch.arange(len(rows)).repeat_interleave(images // len(rows))  # of each row that is drawn
-        guided = guidance_scale != 1
+        guided = empty is not None
         if guided:
             sources = torch.cat([sources, torch.full_like(sources, len(rows))])
             rows = [*rows, empty]
