@@ -54,7 +54,7 @@ def ta_tok(options):
 def ar_detok(options):
     """The first token behind the condition, each one after it and in the middle, and VQ tokens to pixels."""
     from tar_hf import ARDeTokConfig, ARDeTokForCausalLM
-    from tar_hf.modeling.modeling_ar_detok import reserve
+    from tar_hf.modeling.modeling_ar_detok import decoding_dtype, reserve
 
     dtype, settings = getattr(torch, options["dtype"]), int8(options)
     if options["grid"]:
@@ -82,7 +82,8 @@ def ar_detok(options):
     if options["guidance"] > 1:
         step["guidance_scale"] = options["guidance"]
     half = ids[:, : config.num_image_tokens // 2]
-    cache = reserve(DynamicCache(config=config), options["tokens"] + config.num_image_tokens)
+    capacity = options["tokens"] + config.num_image_tokens
+    cache = reserve(DynamicCache(config=config), capacity, decoding_dtype(model))
     model(half, condition, past_key_values=cache, **step)
 
     def middle():

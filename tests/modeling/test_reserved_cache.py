@@ -6,6 +6,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from tar_hf import ARDeTokConfig, ARDeTokForCausalLM
+from tar_hf.modeling import modeling_ar_detok
 from tar_hf.modeling.modeling_ar_detok import ReservedLayer, reserve
 
 ROWS, HEADS, WIDTH = 3, 2, 4
@@ -118,6 +119,34 @@ def test_the_image_is_the_one_of_the_stock_cache(monkeypatch):
     condition = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(0))
     options = {"guidance_scale": 2.0, "guidance_interval": 5}
     reserved = model.generate(condition, generator=torch.Generator().manual_seed(1), **options)
-    monkeypatch.setattr("tar_hf.modeling.modeling_ar_detok.reserve", lambda cache, capacity: cache)
+    monkeypatch.setattr("tar_hf.modeling.modeling_ar_detok.reserve", lambda cache, *room: cache)
     stock = model.generate(condition, generator=torch.Generator().manual_seed(1), **options)
     assert torch.equal(reserved, stock)
+
+
+def test_room_of_another_type():
+    """What is written goes in without a loss, and nothing that is held is cast again."""
+    wide = reserve(DynamicCache(), 6, torch.float32)
+    wide.layers.append(ReservedLayer(6, torch.float32))
+    for seed, tokens in enumerate((4, 1, 3)):  # the last outgrows it
+        keys, values = wide.update(*(t.bfloat16() for t in states(tokens, seed)), 0)
+        assert {keys.dtype, values.dtype} == {torch.float32}
+        assert keys[:, :, -tokens:].bfloat16().equal(states(tokens, seed)[0].bfloat16())
+    assert keys.shape[2] == 8
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_half_precision_draws_the_same_from_keys_in_float32(monkeypatch, attention, window):
+    model = tiny().to(torch.bfloat16)
+    model.set_attn_implementation(attention)
+    condition = torch.randn(3, 9, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def draw():
+        seeds = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        return model.generate(condition, do_sample=True, guidance_scale=2.0, generator=seeds, jacobi_window=window)
+
+    held = draw()
+    assert modeling_ar_detok.decoding_dtype(model) == torch.float32 and modeling_ar_detok.decoding_dtype(tiny()) is None
+    monkeypatch.setattr(modeling_ar_detok, "decoding_dtype", lambda model: None)
+    assert draw().equal(held)

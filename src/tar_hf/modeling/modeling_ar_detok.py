@@ -197,6 +197,8 @@ class ARDeTokAttention(nn.Module):
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         if query.device.type == "cpu" and query.shape[2] <= FEW_QUERIES:
             query, key, value, attention_mask = _in_float32(query, key, value, attention_mask)
+        else:
+            key, value = key.to(query.dtype), value.to(query.dtype)
         output, weights = attention(
             self,
             query,
@@ -213,6 +215,12 @@ class ARDeTokAttention(nn.Module):
 def _in_float32(*tensors):
     """Those of another floating type: for few queries the CPU kernel of half precision is the slower one."""
     return [t.float() if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+def decoding_dtype(model) -> torch.dtype | None:
+    """What a cache best holds for one query at a time where that attends in another type than the model's: casting all
+    that it holds for every token costs more than attending to it."""
+    return torch.float32 if model.device.type == "cpu" and model.dtype.itemsize < 4 else None
 
 
 class ARDeTokMLP(nn.Module):
@@ -692,7 +700,7 @@ def seeded_decoding(
             logits_processor.append(draw)
             generation_config.do_sample = False
         if capacity is not None:
-            kwargs["past_key_values"] = reserve(kwargs["past_key_values"], capacity)
+            kwargs["past_key_values"] = reserve(kwargs["past_key_values"], capacity, decoding_dtype(model))
         output = GenerationMixin._sample(
             model,
             input_ids,
@@ -714,9 +722,9 @@ def seeded_decoding(
 class ReservedLayer(DynamicLayer):
     """A `DynamicLayer` that writes into reserved room, where that one copies all that it holds for every token."""
 
-    def __init__(self, capacity: int):
+    def __init__(self, capacity: int, room_dtype: torch.dtype | None = None):
         super().__init__()
-        self.capacity = capacity
+        self.capacity, self.room_dtype = capacity, room_dtype
         self.room = None  # keys and values (rows, heads, capacity, D), of which self.keys and self.values are the head
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -726,7 +734,10 @@ class ReservedLayer(DynamicLayer):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             self.capacity = max(self.capacity, length)
-            self.room = [t.new_empty(*t.shape[:2], self.capacity, t.shape[-1]) for t in (key_states, value_states)]
+            self.room = [
+                t.new_empty(*t.shape[:2], self.capacity, t.shape[-1], dtype=self.room_dtype)
+                for t in (key_states, value_states)
+            ]
             if held:
                 for room, t in zip(self.room, (self.keys, self.values), strict=True):
                     room[:, :, :held] = t
@@ -748,12 +759,16 @@ class ReservedLayer(DynamicLayer):
         )
 
 
-def reserve(cache: Cache, capacity: int) -> Cache:
-    """The cache, which then writes in place up to `capacity` tokens; another than the default one as it is."""
+def reserve(cache: Cache, capacity: int, dtype: torch.dtype | None = None) -> Cache:
+    """
+    The cache, which then writes in place up to `capacity` tokens; another than the default one as it is.
+
+    With a `dtype` it holds keys and values in that, for a model that attends in another type than its own.
+    """
     if type(cache) is DynamicCache and not cache.offloading:
         for i, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer:
-                cache.layers[i] = reserved = ReservedLayer(capacity)
+                cache.layers[i] = reserved = ReservedLayer(capacity, dtype)
                 if layer.is_initialized:
                     reserved.lazy_initialization(layer.keys, layer.values)
                     reserved.keys, reserved.values = layer.keys, layer.values
@@ -776,8 +791,8 @@ class RowLayer(CacheLayerMixin):
 
     def update(self, key_states, value_states, *args, **kwargs):
         index = self.places[:, None, :, None].expand_as(key_states)
-        self.keys.scatter_(2, index, key_states)
-        self.values.scatter_(2, index, value_states)
+        self.keys.scatter_(2, index, key_states.to(self.keys.dtype))
+        self.values.scatter_(2, index, value_states.to(self.values.dtype))
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def get_mask_sizes(self, query_length):
@@ -798,12 +813,22 @@ class RowCache(Cache):
         cache (`DynamicCache`): What the prompts have left there.
         extra (`int`): Places to add behind.
         mask (`torch.Tensor` of shape `(rows, prompt)`, *optional*): 0 where a prompt is padded.
+        dtype (`torch.dtype`, *optional*): Of what it holds, as in `reserve`.
     """
 
-    def __init__(self, cache: DynamicCache, extra: int, mask: torch.Tensor | None = None):
+    def __init__(
+        self,
+        cache: DynamicCache,
+        extra: int,
+        mask: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         if any(type(layer) is not DynamicLayer for layer in cache.layers):
             raise ValueError("jacobi_window needs a model whose every layer attends to everything before")
-        super().__init__([RowLayer(*(F.pad(t, (0, 0, 0, extra)) for t in (x.keys, x.values))) for x in cache.layers])
+        room = (0, 0, 0, extra)
+        super().__init__(
+            [RowLayer(*(F.pad(t.to(dtype or t.dtype), room) for t in (x.keys, x.values))) for x in cache.layers]
+        )
         rows, _, capacity, _ = self.layers[0].keys.shape
         self.index = torch.arange(capacity, device=self.layers[0].keys.device)
         self.shown = torch.ones(rows, capacity, dtype=torch.bool, device=self.index.device)
@@ -888,7 +913,8 @@ def jacobi_decoding(window: int, make_uniform: Callable[[int, torch.device], tor
         prefix = DynamicCache(config=model.config)
         options = {"guidance_scale": guidance_scale}
         first = model(condition=condition, past_key_values=prefix, use_cache=True, logits_to_keep=1, **options)
-        cache = RowCache(prefix, total + window)
+        dtype = decoding_dtype(model) if window <= FEW_QUERIES else None
+        cache = RowCache(prefix, total + window, dtype=dtype)
 
         def next_logits(tokens, columns):
             places = (prompt + columns).repeat(copies, 1)
