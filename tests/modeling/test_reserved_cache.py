@@ -126,16 +126,15 @@ def test_the_image_is_the_one_of_the_stock_cache(monkeypatch):
 
 def test_room_of_another_type():
     """What is written goes in without a loss, and nothing that is held is cast again."""
-    wide = reserve(DynamicCache(), 6, torch.float32)
-    wide.layers.append(ReservedLayer(6, torch.float32))
+    layer = ReservedLayer(6, torch.float32)
     for seed, tokens in enumerate((4, 1, 3)):  # the last outgrows it
-        keys, values = wide.update(*(t.bfloat16() for t in states(tokens, seed)), 0)
+        keys, values = layer.update(*(t.bfloat16() for t in states(tokens, seed)))
         assert {keys.dtype, values.dtype} == {torch.float32}
         assert keys[:, :, -tokens:].bfloat16().equal(states(tokens, seed)[0].bfloat16())
     assert keys.shape[2] == 8
 
 
-@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("window", [None, 4, 20])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_half_precision_draws_the_same_from_keys_in_float32(monkeypatch, attention, window):
     model = tiny().to(torch.bfloat16)
@@ -148,5 +147,5 @@ def test_half_precision_draws_the_same_from_keys_in_float32(monkeypatch, attenti
 
     held = draw()
     assert modeling_ar_detok.decoding_dtype(model) == torch.float32 and modeling_ar_detok.decoding_dtype(tiny()) is None
-    monkeypatch.setattr(modeling_ar_detok, "decoding_dtype", lambda model: None)
+    monkeypatch.setattr(modeling_ar_detok, "decoding_dtype", lambda *of: None)
     assert draw().equal(held)

@@ -217,10 +217,11 @@ def _in_float32(*tensors):
     return [t.float() if t is not None and t.is_floating_point() else t for t in tensors]
 
 
-def decoding_dtype(model) -> torch.dtype | None:
-    """What a cache best holds for one query at a time where that attends in another type than the model's: casting all
-    that it holds for every token costs more than attending to it."""
-    return torch.float32 if model.device.type == "cpu" and model.dtype.itemsize < 4 else None
+def decoding_dtype(model, queries: int = 1) -> torch.dtype | None:
+    """What a cache best holds where so many queries at a time attend in another type than the model's: casting all that
+    it holds at every step costs more than attending to it."""
+    in_float32 = model.device.type == "cpu" and queries <= FEW_QUERIES
+    return torch.float32 if in_float32 and model.dtype.itemsize < 4 else None
 
 
 class ARDeTokMLP(nn.Module):
@@ -913,8 +914,7 @@ def jacobi_decoding(window: int, make_uniform: Callable[[int, torch.device], tor
         prefix = DynamicCache(config=model.config)
         options = {"guidance_scale": guidance_scale}
         first = model(condition=condition, past_key_values=prefix, use_cache=True, logits_to_keep=1, **options)
-        dtype = decoding_dtype(model) if window <= FEW_QUERIES else None
-        cache = RowCache(prefix, total + window, dtype=dtype)
+        cache = RowCache(prefix, total + window, dtype=decoding_dtype(model, window))
 
         def next_logits(tokens, columns):
             places = (prompt + columns).repeat(copies, 1)
