@@ -31,7 +31,8 @@ def test_the_stages_of_tiny_models(tmp_path, tar_repo):
     for name in ("data", "language", "teacher", "ta-tok", *DIFFUSION_STAGES):
         assert main(["train", "mini", str(out), "--smoke", "--only", name]) == 0
     gates = json.loads((out / GATES_FILE).read_text())
-    assert list(gates)[-3:] == list(DIFFUSION_STAGES) and all(entry["passed"] for entry in gates.values())
+    assert list(gates)[-len(DIFFUSION_STAGES) :] == list(DIFFUSION_STAGES)
+    assert all(entry["passed"] for entry in gates.values())
     assert gates["dc-ae"]["needed"] == {"reconstruction": "at least 0"}
 
     folder = out / DIFFUSION_RESULT
@@ -81,9 +82,8 @@ def test_every_stage_has_a_recipe_a_gate_and_a_probe(folder):
     assert MEASURES.keys() == PROBES.keys() == ALL_STAGES.keys()
     gates = yaml.safe_load((folder / "mini.yaml").read_text())["gates"]
     assert gates.keys() == ALL_STAGES.keys()
-    assert {file.stem for file in (folder / "diffusion").glob("*.yaml")} == DIFFUSION_STAGES.keys() - {
-        "assemble-diffusion"
-    }
+    trained = DIFFUSION_STAGES.keys() - {"latents", "assemble-diffusion"}
+    assert {file.stem for file in (folder / "diffusion").glob("*.yaml")} == trained
     done = set(STAGES)
     for name, stage in DIFFUSION_STAGES.items():
         assert done.issuperset(stage.needs)
@@ -112,4 +112,4 @@ def test_the_full_recipes_fit_each_other():
         sample_size=12,
     )
     sizes = [sum(weight.numel() for weight in model.parameters()) for model in (vae, transformer)]
-    assert sizes[0] < 1.5e6 and 3e6 < sizes[1] < 5e6 and 2 * sum(sizes) < 15e6
+    assert sizes[0] < 1.5e6 and 2e6 < sizes[1] < 5e6 and 2 * sum(sizes) < 15e6

@@ -13,6 +13,7 @@ from PIL import Image
 
 from tar_hf import TarDiffusionDeTokPipeline, TATokModel
 from tar_hf.modeling.modeling_negative_condition import NegativeCondition
+from tar_hf.pipelines.pipeline_tar_diffusion_detok import add_places
 
 STEPS = 4
 CLOSE = {"atol": 1e-4, "rtol": 0}  # how close the golden files call equal
@@ -432,6 +433,21 @@ class TestComponents:
     def test_parts_must_fit(self, loaded):
         with pytest.raises(ValueError, match=r"width 48 \(caption_channels\), but negative_condition has 32"):
             TarDiffusionDeTokPipeline(**{**loaded.components, "negative_condition": NegativeCondition(9, 32)})
+
+    def test_places_of_features(self, loaded, pipe, features, tmp_path):
+        """They are asked for by the repository, and added to features, not to what guidance leads away from."""
+        placed = TarDiffusionDeTokPipeline(**loaded.components, condition_positions=0.5)
+        placed.set_progress_bar_config(disable=True)
+        given = add_places(features[3], 0.5, pipe.transformer.config)
+        drawn = draw(placed, features[3], guidance_scale=2)
+        assert drawn.equal(draw(pipe, given, guidance_scale=2)) and not drawn.equal(draw(pipe, features[3]))
+        placed.save_pretrained(tmp_path)
+        again = TarDiffusionDeTokPipeline.from_pretrained(tmp_path)
+        again.set_progress_bar_config(disable=True)
+        assert again.config.condition_positions == 0.5 and draw(again, features[3], guidance_scale=2).equal(drawn)
+        assert loaded.config.condition_positions == 0, "published repositories do not know them"
+        with pytest.raises(ValueError, match="a square grid, which 80 tokens do not fill"):
+            placed(features=torch.zeros(1, 80, 48))
 
     def test_width_of_the_features(self, pipe):
         assert pipe.condition_size == pipe.ta_tok.config.hidden_size == 48

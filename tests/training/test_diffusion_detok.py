@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import AutoencoderDC, DDPMScheduler, SanaPipeline, SanaTransformer2DModel
+from diffusers import AutoencoderDC, DDPMScheduler, DiffusionPipeline, SanaPipeline, SanaTransformer2DModel
 from PIL import Image
 from safetensors.torch import save_file
 
 from tar_hf import TarDiffusionDeTokPipeline, TarPipeline, TATokImageProcessor, TATokModel
 from tar_hf.cli.train import RECIPES
 from tar_hf.modeling.modeling_negative_condition import NegativeCondition
+from tar_hf.pipelines.pipeline_tar_diffusion_detok import add_places
 from tar_hf.training import diffusion_detok as stage
 from tar_hf.training.pretokenize import pretokenize
 from tar_hf.training.recipe import RecipeError, SourceRecipe, load_recipe
@@ -400,11 +401,46 @@ def test_a_new_sana_draws_with_the_published_scheduler(make_new, diffusion_detok
         ("model.trainable=cross-attention", "model.trainable must be all, got 'cross-attention'"),
         ("model.new_caption_projection=true", "new_caption_projection is for a base"),
         ("model.negative=given", "a new SANA has no negative condition to be given"),
+        ("model.condition_positions=-1", "model.condition_positions must be at least 0, got -1"),
     ],
 )
 def test_a_new_sana_that_cannot_be(make_new, override, message):
     with pytest.raises(RecipeError, match=message):
         stage.build(make_new(override))
+
+
+def test_a_new_sana_may_learn_with_places(make_new, make, tmp_path):
+    """What it draws with is what it was trained with, also where it is trained on."""
+    trainer = run(make_new("model.condition_positions=0.5", "scale_weights={3: 1}", output="placed", max_steps=1))
+    without = run(make_new("scale_weights={3: 1}", output="without", max_steps=1))
+    assert losses(trainer) != pytest.approx(losses(without), abs=1e-4)
+    assert DiffusionPipeline.load_config(tmp_path / "without")["condition_positions"] == 0
+    assert TarDiffusionDeTokPipeline.from_pretrained(tmp_path / "placed").config.condition_positions == 0.5
+    further = stage.build(make(f"model.base={tmp_path / 'placed'}"))
+    assert further.model.condition_positions == 0.5
+    with pytest.raises(RecipeError, match="condition_positions is for a new SANA, and a base has its own"):
+        make("model.condition_positions=0.5")
+
+
+def test_places_are_those_of_the_latents():
+    """A grid as fine as the latents' gets the very sines that these have; a coarser one every other."""
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        caption_channels=16,
+        cross_attention_dim=16,
+        sample_size=6,
+        interpolation_scale=1,
+    )
+    sines = transformer.patch_embed.pos_embed
+    fine, coarse = torch.randn(2, 36, 16, generator=seeded()), torch.zeros(1, 9, 16)
+    torch.testing.assert_close(add_places(fine, 0.5, transformer.config), fine + 0.5 * sines)
+    every_other = sines.unflatten(1, (6, 6))[:, ::2, ::2].flatten(1, 2)
+    torch.testing.assert_close(add_places(coarse, 2.0, transformer.config), 2 * every_other)
+    assert add_places(coarse, 0.0, transformer.config) is coarse
+    assert add_places(fine.bfloat16(), 1.0, transformer.config).dtype == torch.bfloat16
 
 
 def test_a_new_sana_needs_a_dc_ae(make_new, diffusion_detok_repo):

@@ -235,6 +235,10 @@ def test_only_what_is_asked_for(run, models, tmp_path):
     run(tmp_path / "latents", **none | {"diffusion_detok": models["diffusion_detok"]}, image_size=16, dtype="bfloat16")
     row = read_images(open_source(SourceRecipe(str(tmp_path / "latents"))).rows[0], random.Random(0))
     assert row.latents[0].shape == (4 * 8 * 8,)
+    dc_ae = none | {"diffusion_detok": models["diffusion_detok"] / "vae"}
+    run(tmp_path / "dc-ae", **dc_ae, image_size=16, dtype="bfloat16")
+    alone = read_images(open_source(SourceRecipe(str(tmp_path / "dc-ae"))).rows[0], random.Random(0))
+    assert torch.equal(alone.latents[0], row.latents[0])
 
 
 def test_parquet_rows_keep_their_columns(models, tmp_path):
@@ -361,6 +365,10 @@ def test_wrong_calls(run, models, tmp_path):
         ({"scales": [4]}, r"scale must be one of \[1, 2, 3\], got 4"),
         (none | {"diffusion_detok": models["ta_tok"]}, "diffusion_detok .* must be a SanaPipeline or"),
         ({"image_size": 33}, "image_size must be a positive multiple of 2, got 33"),
+        (
+            none | {"diffusion_detok": models["diffusion_detok"] / "vae"},
+            "vae is an autoencoder alone, which takes pictures of any size: give image_size",
+        ),
         (none | {"ta_tok": models["ar_detok"]}, "ta_tok .* must hold a model of the type ta_tok, got ar_detok"),
         (
             none | {"ar_detok": models["ta_tok"]},

@@ -25,7 +25,7 @@ def add_parser(commands):
     )
     parser.add_argument("--ar-detok", metavar="REPO", help="AR-DTok repository or a VQ autoencoder, for its VQ tokens")
     parser.add_argument(
-        "--diffusion-detok", metavar="REPO", help="diffusion de-tokenizer or SanaPipeline, for its latents"
+        "--diffusion-detok", metavar="REPO", help="diffusion de-tokenizer, SanaPipeline or DC-AE, for its latents"
     )
     parser.add_argument("--image-size", type=count, metavar="S", help="of the latents' pictures; default: its own")
     parser.add_argument("--image-folder", metavar="DIR", help="what relative picture paths start from")

@@ -38,6 +38,7 @@ MEASURES = {
     "assemble": ("megabytes",),
     # Of `--diffusion`.
     "dc-ae": ("reconstruction",),
+    "latents": ("missing_rows",),
     "diffusion-detok": ("reconstruction",),
     "assemble-diffusion": ("megabytes",),
 }
@@ -261,6 +262,12 @@ def probe_codes(output: Path, recipe: MiniRecipe) -> dict[str, float]:
     return {"missing_rows": recipe.conversations + recipe.pictures - rows, "rows": rows}
 
 
+def probe_latents(output: Path, recipe: MiniRecipe) -> dict[str, float]:
+    """As `probe_codes`, for the diffusion de-tokenizer's rows."""
+    rows = sum(pq.read_metadata(file).num_rows for file in (output / "latents").glob("part-*.parquet"))
+    return {"missing_rows": recipe.pictures - rows, "rows": rows}
+
+
 @torch.inference_mode()
 def probe_ar_detok(output: Path, recipe: MiniRecipe) -> dict[str, float]:
     """Share of scenes that the scorer reads, each thing in its place, from pictures -> codes -> drawn pictures."""
@@ -451,6 +458,7 @@ PROBES = {
     "reflect": partial(probe_llm, stage="reflect"),
     "assemble": probe_assemble,
     "dc-ae": probe_dc_ae,
+    "latents": probe_latents,
     "diffusion-detok": probe_diffusion_detok,
     "assemble-diffusion": probe_assemble_diffusion,
 }

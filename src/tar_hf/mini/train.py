@@ -304,6 +304,16 @@ def _make_codes(recipe):
     pretokenize(SourceRecipe("pictures.parquet"), "codes/pictures", ar_detok="vq", **options)
 
 
+def _make_latents(recipe):
+    from tar_hf.training.diffusion_detok import DiffusionDeTokRecipe
+    from tar_hf.training.pretokenize import pretokenize
+    from tar_hf.training.recipe import SourceRecipe, load_recipe
+
+    image_size = load_recipe(DiffusionDeTokRecipe, "diffusion-detok.yaml").model.image_size
+    options = {"ta_tok": "ta-tok", "scales": recipe.scales, "batch_size": 32, "image_size": image_size}
+    pretokenize(SourceRecipe("pictures.parquet"), "latents", diffusion_detok="dc-ae", **options)
+
+
 def _make_drawings(recipe):
     from tar_hf.mini.drawings import write_drawings
     from tar_hf.pipelines.pipeline_tar import TarPipeline
@@ -410,8 +420,14 @@ STAGES = {
 # What `diffusion` asks for: another de-tokenizer, for the same system.
 DIFFUSION_STAGES = {
     "dc-ae": _trained("dc-ae", "the autoencoder of the diffusion de-tokenizer", "data", kind="DCAERecipe"),
+    "latents": Stage(
+        "all pictures as codes and latents",
+        ("data", "ta-tok", "dc-ae"),
+        _make_latents,
+        "{output}/latents/part-*.bad.jsonl says why rows were left out",
+    ),
     "diffusion-detok": _trained(
-        "diffusion-detok", "the diffusion de-tokenizer", "data", "ta-tok", "dc-ae", kind="DiffusionDeTokRecipe"
+        "diffusion-detok", "the diffusion de-tokenizer", "ta-tok", "dc-ae", "latents", kind="DiffusionDeTokRecipe"
     ),
     "assemble-diffusion": Stage(
         "its repository",

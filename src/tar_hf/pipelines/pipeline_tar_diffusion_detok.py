@@ -13,6 +13,7 @@ This file travels with converted checkpoints, so it imports nothing else of the 
 import copy
 import inspect
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from diffusers import AutoencoderDC, DiffusionPipeline, ImagePipelineOutput, Mod
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import SanaLoraLoaderMixin
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
@@ -49,9 +51,11 @@ class TarDiffusionDeTokPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         scheduler (`SchedulerMixin`): For flow prediction, such as `DPMSolverMultistepScheduler`.
         negative_condition (`NegativeCondition`, *optional*): What guidance steers away from, (n, C).
         ta_tok (`TATokModel`, *optional*): Turns codes into features; without it only features come in.
+        condition_positions (`float`, *optional*, defaults to `0.0`): How much of the sines of its place is added to
+            each feature, see `add_places`. The published de-tokenizers were trained without.
 
     Raises:
-        `ValueError`: parts whose feature widths differ.
+        `ValueError`: parts whose feature widths differ, or a width that cannot hold sines of places.
     """
 
     model_cpu_offload_seq = "ta_tok->negative_condition->transformer->vae"
@@ -67,11 +71,15 @@ class TarDiffusionDeTokPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         scheduler: SchedulerMixin,
         negative_condition: ModelMixin | None = None,
         ta_tok: PreTrainedModel | None = None,
+        condition_positions: float = 0.0,
     ):
         super().__init__()
         self.register_modules(
             transformer=transformer, vae=vae, scheduler=scheduler, negative_condition=negative_condition, ta_tok=ta_tok
         )
+        self.register_to_config(condition_positions=condition_positions)
+        if condition_positions and transformer is not None and self.condition_size % 4:
+            raise ValueError(f"sines of places need a width of a multiple of 4, got features of {self.condition_size}")
         self.vae_scale_factor = 32 if vae is None else vae.spatial_compression_ratio
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         for name, part in (("negative_condition", negative_condition), ("ta_tok", ta_tok)):
@@ -141,6 +149,9 @@ class TarDiffusionDeTokPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 )
             if not value.is_floating_point():
                 raise TypeError(f"{name} must be floating-point numbers, got {value.dtype}")
+        tokens = (codes if features is None else features).shape[1]
+        if self.config.condition_positions and math.isqrt(tokens) ** 2 != tokens:
+            raise ValueError(f"this de-tokenizer places features on a square grid, which {tokens} tokens do not fill")
 
         if not guidance_scale >= 1:
             raise ValueError(f"guidance_scale must be at least 1, which turns guidance off, got {guidance_scale}")
@@ -314,7 +325,8 @@ class TarDiffusionDeTokPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 if self.interrupt:
                     break
                 guided = self.do_classifier_free_guidance
-                condition, mask = _join(negative_features, features) if guided else (features, None)
+                placed = add_places(features, self.config.condition_positions, self.transformer.config)
+                condition, mask = _join(negative_features, placed) if guided else (placed, None)
                 noisy = torch.cat([latents, latents]) if guided else latents
                 prediction = self.transformer(
                     noisy.to(dtype),
@@ -386,6 +398,26 @@ class TarDiffusionDeTokPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         }
 
 
+def add_places(features: torch.FloatTensor, weight: float, config) -> torch.FloatTensor:
+    """
+    Features that say where in the picture they are from.
+
+    A SANA that learns to draw from nothing has to find out which of its features is about which latent. Added to the
+    features, the same sines of places that its latents have (`interpolation_scale`) say so from the first step.
+
+    Args:
+        features (`torch.FloatTensor` of shape `(B, N, C)`): Of TA-Tok, in reading order of a square grid.
+        weight (`float`): What the sines are multiplied by; 0 leaves the features as they are.
+        config: That of the `SanaTransformer2DModel`, whose grid of latents is the unit of places.
+    """
+    if not weight:
+        return features
+    side = math.isqrt(features.shape[1])
+    base_size = config.sample_size // config.patch_size
+    sines = get_2d_sincos_pos_embed(features.shape[-1], side, base_size=base_size, device=features.device)
+    return features + weight * sines.to(features.dtype)
+
+
 def _file_name(module: str) -> str:
     return module.rpartition(".")[2]
 
@@ -410,4 +442,4 @@ def _join(negative, positive):
     return joined, torch.arange(max(lengths), device=joined.device) < kept[:, None]
 
 
-__all__ = ["TarDiffusionDeTokPipeline"]
+__all__ = ["TarDiffusionDeTokPipeline", "add_places"]

@@ -35,7 +35,7 @@ from tar_hf.conversion.model_card import write_model_card
 from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
 from tar_hf.modeling.modeling_negative_condition import NegativeCondition
 from tar_hf.modeling.modeling_ta_tok import TATokConfig, TATokModel
-from tar_hf.pipelines.pipeline_tar_diffusion_detok import TarDiffusionDeTokPipeline
+from tar_hf.pipelines.pipeline_tar_diffusion_detok import TarDiffusionDeTokPipeline, add_places
 from tar_hf.training.models import check_kind, check_made_with, check_sana, check_scale_weights, check_scales
 from tar_hf.training.recipe import Recipe, RecipeError, one_line
 from tar_hf.training.rows import (
@@ -86,6 +86,8 @@ class DiffusionDeTokModelRecipe:
             `.pth` file such as the published `negative_prompt_embeds.pth`, or the folder of a
             `TarDiffusionDeTokPipeline`. By default the base's own; where the base has none, small random numbers of as
             many tokens as TA-Tok's finest scale has, which can only be learned.
+        condition_positions (`float`, *optional*, defaults to `0.0`): How much of the sines of its place each feature
+            gets, for a new SANA: see `add_places`. A base has its own.
     """
 
     base: str | None = None
@@ -97,6 +99,7 @@ class DiffusionDeTokModelRecipe:
     new_caption_projection: bool = False
     negative: str = "learned"
     negative_condition: str | None = None
+    condition_positions: float | int = 0.0
 
     def __post_init__(self):
         _one_of("model.trainable", self.trainable, TRAINABLE)
@@ -108,6 +111,10 @@ class DiffusionDeTokModelRecipe:
             raise RecipeError(
                 "model.vae goes with model.config, for a new SANA, and a base has its own: give both or none"
             )
+        if not 0 <= self.condition_positions < math.inf:
+            raise RecipeError(f"model.condition_positions must be at least 0, got {self.condition_positions}")
+        if self.condition_positions and self.config is None:
+            raise RecipeError("model.condition_positions is for a new SANA, and a base has its own: leave it out")
         if self.config is not None:
             self._check_new()
 
@@ -176,6 +183,7 @@ class FlowMatching(nn.Module):
         transformer (`SanaTransformer2DModel`): The denoiser.
         negative_condition (`NegativeCondition`): What dropped conditions are replaced with.
         num_train_timesteps (`int`, *optional*, defaults to `1000`): The scheduler's.
+        condition_positions (`float`, *optional*, defaults to `0.0`): The pipeline's.
     """
 
     _no_split_modules = ["SanaTransformerBlock"]
@@ -185,11 +193,13 @@ class FlowMatching(nn.Module):
         transformer: SanaTransformer2DModel,
         negative_condition: NegativeCondition,
         num_train_timesteps: int = 1000,
+        condition_positions: float = 0.0,
     ):
         super().__init__()
         self.transformer = transformer
         self.negative_condition = negative_condition
         self.num_train_timesteps = num_train_timesteps
+        self.condition_positions = condition_positions
 
     def forward(
         self,
@@ -214,7 +224,8 @@ class FlowMatching(nn.Module):
         levels = sigmas[:, None, None, None]
         negative = self.negative_condition()
         dtype = negative.dtype  # the weights': DeepSpeed makes it bfloat16, and casts no inputs
-        condition, mask = replace_rows(features.to(dtype), negative, dropped)
+        placed = add_places(features.to(dtype), self.condition_positions, self.transformer.config)
+        condition, mask = replace_rows(placed, negative, dropped)
         velocity = self.transformer(
             ((1 - levels) * latents + levels * noise).to(dtype),
             encoder_hidden_states=condition,
@@ -437,6 +448,7 @@ class DiffusionDeTokTrainer(TarTrainer):
             vae=_rebuild(self.vae, self.vae.state_dict()),
             scheduler=self.noise_scheduler,
             negative_condition=_rebuild(self.model.negative_condition, _part(state_dict, "negative_condition.")),
+            condition_positions=self.model.condition_positions,
         )
         pipeline.save_pretrained(folder)
         _write_card(folder, pipeline, self.recipe)
@@ -479,8 +491,14 @@ def build(recipe: DiffusionDeTokRecipe) -> DiffusionDeTokTrainer:
     check_scales(recipe.scale_weights, recipe.model.ta_tok, ta_tok)
     if recipe.model.base is None:
         transformer, vae, noise_scheduler = make_base(recipe, ta_tok.hidden_size)
+        condition_positions = float(recipe.model.condition_positions)
+        if condition_positions and ta_tok.hidden_size % 4:
+            raise RecipeError(
+                f"model.condition_positions needs features of a width that is a multiple of 4, got {ta_tok.hidden_size}"
+            )
     else:
         transformer, vae, noise_scheduler = load_base(recipe.model.base)
+        condition_positions = DiffusionPipeline.load_config(recipe.model.base).get("condition_positions", 0.0)
     _fit_condition(transformer, ta_tok.hidden_size, recipe)
     side = _fit_image_size(transformer, vae, recipe.model.image_size)
     negative_condition = _negative_condition(recipe, ta_tok)
@@ -508,7 +526,9 @@ def build(recipe: DiffusionDeTokRecipe) -> DiffusionDeTokTrainer:
         },
     )
     return DiffusionDeTokTrainer(
-        model=FlowMatching(transformer, negative_condition, noise_scheduler.config.num_train_timesteps),
+        model=FlowMatching(
+            transformer, negative_condition, noise_scheduler.config.num_train_timesteps, condition_positions
+        ),
         args=arguments,
         data_collator=collate,
         train_dataset=train_data,

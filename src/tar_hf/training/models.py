@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderDC, DiffusionPipeline
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -54,6 +54,14 @@ def check_sana(name: str, path: str) -> dict:
         if (found := (index.get(part) or (None, None))[1]) != expected:
             raise RecipeError(f"{name} {path} must have a {expected} as its {part}, got {found}")
     return index
+
+
+def is_dc_ae(path: str | Path) -> bool:
+    """Whether a folder or Hub id holds an `AutoencoderDC`, and not a pipeline around one."""
+    try:
+        return AutoencoderDC.load_config(path).get("_class_name") == "AutoencoderDC"
+    except (OSError, ValueError):
+        return False
 
 
 def check_scale_weights(weights: dict[int, float]):

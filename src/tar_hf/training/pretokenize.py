@@ -29,7 +29,7 @@ from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
 from tar_hf.modeling.modeling_ar_detok import ARDeTokForCausalLM, nearest_vq_tokens
 from tar_hf.modeling.modeling_ta_tok import TATokModel
 from tar_hf.training.mixture import Source, TooManyBadRows
-from tar_hf.training.models import check_kind, check_sana, fingerprint
+from tar_hf.training.models import check_kind, check_sana, fingerprint, is_dc_ae
 from tar_hf.training.recipe import RecipeError, SourceRecipe
 from tar_hf.training.rows import CODES, PICTURES, SCALES, BadRow, open_image, square_pixels, stored_images
 from tar_hf.training.sources import MANIFEST, open_source
@@ -115,7 +115,8 @@ def pretokenize(
         ar_detok (`str` or `Path`, *optional*): AR-DTok repository, for the VQ tokens of its autoencoder, or
             such an autoencoder alone.
         diffusion_detok (`str` or `Path`, *optional*): Repository of the diffusion de-tokenizer or a `SanaPipeline`, for
-            the latents of its autoencoder, times its `scaling_factor`: float16, flat (C * h * w).
+            the latents of its autoencoder, times its `scaling_factor`: float16, flat (C * h * w). Or such an
+            autoencoder alone, an `AutoencoderDC`; then `image_size` has to be given.
         image_size (`int`, *optional*): Side of the pictures that become latents. By default the transformer's.
         batch_size (`int`, *optional*, defaults to `8`): Images at a time.
         rows_per_file (`int`, *optional*, defaults to `1000`): Rows of the source that a file holds.
@@ -260,13 +261,19 @@ def _ar_detok(path, dtype, device):
 
 
 def _diffusion_detok(path, image_size, dtype, device):
-    check_sana("diffusion_detok", path)
-    vae = AutoencoderDC.from_pretrained(path, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
+    alone = is_dc_ae(path)
+    if not alone:
+        check_sana("diffusion_detok", path)
+    elif image_size is None:
+        raise ValueError(f"{path} is an autoencoder alone, which takes pictures of any size: give image_size")
+    subfolder = {} if alone else {"subfolder": "vae"}
+    vae = AutoencoderDC.from_pretrained(path, **subfolder, torch_dtype=dtype, use_safetensors=True)
     vae = vae.eval().to(device)
-    transformer = SanaTransformer2DModel.load_config(path, subfolder="transformer")
-    if image_size is None:
-        image_size = transformer["sample_size"] * vae.spatial_compression_ratio
-    multiple = vae.spatial_compression_ratio * transformer["patch_size"]
+    multiple = vae.spatial_compression_ratio
+    if not alone:
+        transformer = SanaTransformer2DModel.load_config(path, subfolder="transformer")
+        image_size = transformer["sample_size"] * multiple if image_size is None else image_size
+        multiple *= transformer["patch_size"]
     if image_size < 1 or image_size % multiple:
         raise ValueError(f"image_size must be a positive multiple of {multiple}, got {image_size}")
 
