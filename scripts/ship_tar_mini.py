@@ -1,4 +1,4 @@
-"""Puts a trained tar-mini into the package: python scripts/ship_tar_mini.py run/tar-mini
+"""Puts a trained tar-mini into the package: python scripts/ship_tar_mini.py run/tar-mini [run/tar-mini-diffusion]
 
 Its code files become links to the package's own, so that there is one copy of each to change.
 """
@@ -8,21 +8,26 @@ import shutil
 import sys
 from pathlib import Path
 
-from tar_hf import TarPipeline
-from tar_hf.mini import WEIGHTS
+from tar_hf import TarDiffusionDeTokPipeline, TarPipeline
+from tar_hf.mini import INDEX, WEIGHTS
 
 PACKAGE = WEIGHTS.parents[1]
 MEGABYTES = 20  # without the code
 OF_A_RUN = ("trainer_state.json",)  # what training leaves beside the system
 
 
-def ship(source: Path, target: Path = WEIGHTS / "tar-mini"):
+def ship(source: Path, weights: Path = WEIGHTS):
     """
-    Replaces the system in the package.
+    Replaces the system in the package, or its diffusion de-tokenizer, whichever the folder's name says.
 
-    Raises `ValueError` for one that is too large, or whose code is not this version's; nothing is changed then.
+    Raises `ValueError` for another name, for one that is too large, or whose code is not this version's; nothing is
+    changed then.
     """
-    TarPipeline.from_pretrained(source)  # a Tar repository
+    if source.name not in INDEX:
+        raise ValueError(f"expected a folder named {' or '.join(INDEX)}, got {source}")
+    target = weights / source.name
+    kind = TarPipeline if source.name == "tar-mini" else TarDiffusionDeTokPipeline
+    kind.from_pretrained(source)
     files = sorted(file for file in source.rglob("*") if file.is_file() and file.name not in OF_A_RUN)
     code = {file: own_file(file) for file in files if file.suffix == ".py"}
     if (size := sum(file.stat().st_size for file in files if file not in code)) > MEGABYTES * 1e6:
@@ -47,4 +52,5 @@ def own_file(file: Path) -> Path:
 
 
 if __name__ == "__main__":
-    ship(Path(sys.argv[1]))
+    for folder in sys.argv[1:]:
+        ship(Path(folder).resolve())

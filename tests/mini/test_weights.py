@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import pipeline
 
 import tar_hf.mini
-from tar_hf import TarPipeline
+from tar_hf import TarDiffusionDeTokPipeline, TarPipeline
 from tar_hf.mini import tar_mini_folder
 from tar_hf.mini.evaluate import evaluate
 from tar_hf.pipelines.tar_repository import PARTS_FILE
@@ -108,6 +108,20 @@ def test_the_name_means_the_folder_in_the_package(in_package, tar_repo):
     task = pipeline("text-to-image", model=str(tar_mini_folder()))
     drawn = task("a cat", scale=3, generator=torch.Generator().manual_seed(0))["image"]
     assert drawn.tobytes() == pictures[0].tobytes()
+
+
+def test_its_diffusion_detokenizer_has_a_name_too(in_package, diffusion_detok_repo, tmp_path, capsys):
+    from tar_hf.cli.main import main
+
+    command = ["reconstruct", "grey.png", "--scale", "3", "--detokenizer", "tar-mini-diffusion", "-o", "again.png"]
+    Image.new("RGB", (32, 32), "grey").save("grey.png")
+    assert main(command) == 2 and "lacks the weights of tar-mini-diffusion: " in capsys.readouterr().err
+    (tmp_path / "weights" / "tar-mini-diffusion").symlink_to(diffusion_detok_repo())
+    pipe = TarPipeline.from_pretrained("tar-mini", detokenizer="tar-mini-diffusion")
+    assert isinstance(pipe.detokenizer, TarDiffusionDeTokPipeline)
+    assert main(command) == 0
+    with Image.open("again.png") as picture:
+        assert json.loads(picture.text["parameters"])["detokenizer"] == "tar-mini-diffusion"
 
 
 def test_a_local_folder_of_that_name_wins(in_package, golden, tmp_path):

@@ -449,6 +449,14 @@ class TestComponents:
         with pytest.raises(ValueError, match="a square grid, which 80 tokens do not fill"):
             placed(features=torch.zeros(1, 80, 48))
 
+    def test_guidance_by_default(self, loaded, pipe, features):
+        """4, as published, unless the repository says something else."""
+        own = TarDiffusionDeTokPipeline(**loaded.components, default_guidance_scale=2.0)
+        own.set_progress_bar_config(disable=True)
+        for one, guidance in ((pipe, 4), (own, 2)):
+            drawn = draw(one, features[3], guidance_scale=None)
+            assert drawn.equal(draw(pipe, features[3], guidance_scale=guidance))
+
     def test_width_of_the_features(self, pipe):
         assert pipe.condition_size == pipe.ta_tok.config.hidden_size == 48
 

@@ -401,6 +401,7 @@ def test_a_new_sana_draws_with_the_published_scheduler(make_new, diffusion_detok
         ("model.trainable=cross-attention", "model.trainable must be all, got 'cross-attention'"),
         ("model.new_caption_projection=true", "new_caption_projection is for a base"),
         ("model.negative=given", "a new SANA has no negative condition to be given"),
+        ("model.guidance_scale=0.5", "model.guidance_scale must be at least 1, got 0.5"),
         ("model.condition_positions=-1", "model.condition_positions must be at least 0, got -1"),
     ],
 )
@@ -411,13 +412,21 @@ def test_a_new_sana_that_cannot_be(make_new, override, message):
 
 def test_a_new_sana_may_learn_with_places(make_new, make, tmp_path):
     """What it draws with is what it was trained with, also where it is trained on."""
-    trainer = run(make_new("model.condition_positions=0.5", "scale_weights={3: 1}", output="placed", max_steps=1))
+    placed = make_new(
+        "model.condition_positions=0.5",
+        "model.guidance_scale=1.5",
+        "scale_weights={3: 1}",
+        output="placed",
+        max_steps=1,
+    )
+    trainer = run(placed)
     without = run(make_new("scale_weights={3: 1}", output="without", max_steps=1))
     assert losses(trainer) != pytest.approx(losses(without), abs=1e-4)
     assert DiffusionPipeline.load_config(tmp_path / "without")["condition_positions"] == 0
-    assert TarDiffusionDeTokPipeline.from_pretrained(tmp_path / "placed").config.condition_positions == 0.5
+    config = TarDiffusionDeTokPipeline.from_pretrained(tmp_path / "placed").config
+    assert (config.condition_positions, config.default_guidance_scale) == (0.5, 1.5)
     further = stage.build(make(f"model.base={tmp_path / 'placed'}"))
-    assert further.model.condition_positions == 0.5
+    assert (further.model.condition_positions, further.guidance_scale) == (0.5, 1.5)
     with pytest.raises(RecipeError, match="condition_positions is for a new SANA, and a base has its own"):
         make("model.condition_positions=0.5")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tar_hf.cli.model import check_model, load_model, model_settings
-from tar_hf.cli.options import add_model_options, count, guidance, seed
+from tar_hf.cli.options import DETOKENIZER_HELP, add_model_options, count, guidance, seed
 from tar_hf.cli.progress import progress
 
 
@@ -21,7 +21,7 @@ def add_parser(commands):
         "Prints the scores with their standard errors; -o keeps them, with pictures over their prompts.",
     )
     add_model_options(parser)
-    parser.add_argument("--detokenizer", metavar="REPO", help="folder or Hub id, instead of the model's own")
+    parser.add_argument("--detokenizer", metavar="REPO", help=DETOKENIZER_HELP)
     parser.add_argument("--count", type=count, default=50, metavar="N", help="prompts of each measure; default 50")
     parser.add_argument("--seed", type=seed, default=0, help="of what is asked and drawn; default 0")
     parser.add_argument("--scale", type=int, choices=(1, 2, 3), default=1, help="of all codes; default 1")

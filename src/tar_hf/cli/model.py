@@ -16,13 +16,15 @@ def check_model(arguments, *parts: str):
     """
     Raises for a --model or --detokenizer that cannot be one, or a local folder without `parts` that are needed.
 
-    Without --model, or where it is a name of ours, `arguments.model` becomes the folder in the package.
+    Without --model, or where it is a name of ours, `arguments.model` becomes the folder in the package, as
+    `arguments.detokenizer` does where that is one.
     """
     from tar_hf.pipelines.tar_repository import named_model
 
     arguments.model_by_default = arguments.model is None
     arguments.model = str(tar_mini_folder() if arguments.model is None else named_model(arguments.model))
-    detokenizer = getattr(arguments, "detokenizer", None)
+    if detokenizer := getattr(arguments, "detokenizer", None):
+        detokenizer = arguments.detokenizer = str(named_model(detokenizer))
     for option, value in (("--model", arguments.model), ("--detokenizer", detokenizer)):
         if value is not None and not Path(value).is_dir():
             _check_hub_id(option, value)

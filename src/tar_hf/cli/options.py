@@ -4,6 +4,10 @@ import argparse
 import math
 from pathlib import Path
 
+DETOKENIZER_HELP = (
+    "folder or Hub id, instead of the model's own; tar-mini-diffusion is the diffusion one of tar-mini, in the package"
+)
+
 
 def add_model_options(parser):
     parser.add_argument(
@@ -18,7 +22,7 @@ def add_model_options(parser):
 
 def add_drawing_options(parser):
     """What turning codes into pixels takes."""
-    parser.add_argument("--detokenizer", metavar="REPO", help="folder or Hub id, instead of the model's own")
+    parser.add_argument("--detokenizer", metavar="REPO", help=DETOKENIZER_HELP)
     parser.add_argument("--seed", type=seed, default=0, help="of the first image, one more for each after; default 0")
     parser.add_argument(
         "--guidance-scale",

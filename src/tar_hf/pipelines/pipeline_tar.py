@@ -145,14 +145,15 @@ class TarPipeline:
         Args:
             path (`str` or `Path`): Folder or Hub id. Its root is the language model. "tar-mini" is the small model in
                 the package, unless there is a folder of that name.
-            ta_tok, detokenizer (*optional*): Replace the repo's own: paths, Hub ids or objects.
+            ta_tok, detokenizer (*optional*): Replace the repo's own: paths, Hub ids or objects. As the de-tokenizer
+                "tar-mini-diffusion" is the diffusion one of the small model, in the package too.
             image_processor (`TATokImageProcessor`, *optional*): For a `ta_tok` that is a model. By default the one that
                 stands with its files.
             dtype, device_map, attn_implementation (*optional*): For every part.
             quantization_config (*optional*): For the language model.
             revision, token, local_files_only, trust_remote_code (*optional*): For every download from `path`.
         """
-        path = named_model(path)
+        path, detokenizer = named_model(path), named_model(detokenizer)
         hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
         options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
         options = {name: value for name, value in options.items() if value is not None}
@@ -432,9 +433,12 @@ class TarPipeline:
 
     @property
     def default_guidance_scale(self) -> float:
-        """What guides unless a call says otherwise: the one of the de-tokenizer's `generation_config`, or 4."""
-        settings = getattr(self.detokenizer, "generation_config", None)
-        return getattr(settings, "guidance_scale", None) or 4.0
+        """What guides unless a call says otherwise: the one of the de-tokenizer's `generation_config`, or its
+        `default_guidance_scale` in `model_index.json`, or 4."""
+        detokenizer = self.detokenizer
+        settings = getattr(detokenizer, "generation_config", None)
+        index = getattr(detokenizer, "config", None)
+        return getattr(settings, "guidance_scale", None) or getattr(index, "default_guidance_scale", None) or 4.0
 
     @property
     def default_self_reflect(self) -> int | None:

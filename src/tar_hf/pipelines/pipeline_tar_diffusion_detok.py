@@ -53,6 +53,7 @@ class TarDiffusionDeTokPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         ta_tok (`TATokModel`, *optional*): Turns codes into features; without it only features come in.
         condition_positions (`float`, *optional*, defaults to `0.0`): How much of the sines of its place is added to
             each feature, see `add_places`. The published de-tokenizers were trained without.
+        default_guidance_scale (`float`, *optional*, defaults to `4.0`): What guides a call that does not say.
 
     Raises:
         `ValueError`: parts whose feature widths differ, or a width that cannot hold sines of places.
@@ -72,12 +73,13 @@ class TarDiffusionDeTokPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         negative_condition: ModelMixin | None = None,
         ta_tok: PreTrainedModel | None = None,
         condition_positions: float = 0.0,
+        default_guidance_scale: float = 4.0,
     ):
         super().__init__()
         self.register_modules(
             transformer=transformer, vae=vae, scheduler=scheduler, negative_condition=negative_condition, ta_tok=ta_tok
         )
-        self.register_to_config(condition_positions=condition_positions)
+        self.register_to_config(condition_positions=condition_positions, default_guidance_scale=default_guidance_scale)
         if condition_positions and transformer is not None and self.condition_size % 4:
             raise ValueError(f"sines of places need a width of a multiple of 4, got features of {self.condition_size}")
         self.vae_scale_factor = 32 if vae is None else vae.spatial_compression_ratio
@@ -214,7 +216,7 @@ class TarDiffusionDeTokPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.FloatTensor | None = None,
@@ -238,7 +240,8 @@ class TarDiffusionDeTokPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             num_inference_steps (`int`, *optional*, defaults to `20`): Denoising steps.
             timesteps (`list[int]`, *optional*): The scheduler's timesteps, in the place of a number of steps.
             sigmas (`list[float]`, *optional*): The scheduler's noise levels, in the place of a number of steps.
-            guidance_scale (`float`, *optional*, defaults to `4.0`): Classifier-free guidance; 1 is off.
+            guidance_scale (`float`, *optional*): Classifier-free guidance; 1 is off. `default_guidance_scale`, which
+                is 4 in published repositories, by default.
             num_images_per_prompt (`int`, *optional*, defaults to `1`): Images of each row, which follow one another.
             generator (`torch.Generator` or a list with one per image, *optional*): Source of the noise. Image i depends
                 on its own generator only; one generator for all serves them in turn. The global one is neither used nor
@@ -266,6 +269,7 @@ class TarDiffusionDeTokPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         negative_features = _batch("negative_features", negative_features, 3)
         size = self.transformer.config.sample_size * self.vae_scale_factor
         height, width = size if height is None else height, size if width is None else width
+        guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         self.check_inputs(
             codes,
             features,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-SHIPPED = "tar-mini"  # the name of the model in the package
+SHIPPED = ("tar-mini", "tar-mini-diffusion")  # names of the system and of another de-tokenizer in the package
 PARTS_FILE = "tar.json"  # beside config.json: where the parts are, by folder or repo id
 # What `pipeline("text-to-image", ...)` needs where the package is not installed.
 CODE_FILES = (
@@ -37,15 +37,15 @@ class RepoFolder:
         return folder
 
 
-def named_model(path: str | Path) -> str | Path:
-    """The folder that "tar-mini" means, unless there is a local one of that name; any other path or id as it is."""
-    if path != SHIPPED or Path(path).is_dir():
+def named_model(path):
+    """The folder that a name in `SHIPPED` means, unless there is a local one so called; all else as it is."""
+    if path not in SHIPPED or Path(path).is_dir():
         return path
     try:  # as in the pipelines: this file must load where the package is not
-        from tar_hf.mini import tar_mini_folder
+        from tar_hf.mini import shipped_folder
     except ImportError as error:
-        raise ImportError(f"{SHIPPED} comes with the package: pip install tar-hf") from error
-    return tar_mini_folder()
+        raise ImportError(f"{path} comes with the package: pip install tar-hf") from error
+    return shipped_folder(path)
 
 
 def local_folder(path, allow, ignore, **hub) -> Path:

@@ -88,6 +88,8 @@ class DiffusionDeTokModelRecipe:
             many tokens as TA-Tok's finest scale has, which can only be learned.
         condition_positions (`float`, *optional*, defaults to `0.0`): How much of the sines of its place each feature
             gets, for a new SANA: see `add_places`. A base has its own.
+        guidance_scale (`float`, *optional*): What the de-tokenizer draws with unless a call says otherwise. By default
+            the base's, or 4.
     """
 
     base: str | None = None
@@ -100,6 +102,7 @@ class DiffusionDeTokModelRecipe:
     negative: str = "learned"
     negative_condition: str | None = None
     condition_positions: float | int = 0.0
+    guidance_scale: float | int | None = None
 
     def __post_init__(self):
         _one_of("model.trainable", self.trainable, TRAINABLE)
@@ -113,6 +116,8 @@ class DiffusionDeTokModelRecipe:
             )
         if not 0 <= self.condition_positions < math.inf:
             raise RecipeError(f"model.condition_positions must be at least 0, got {self.condition_positions}")
+        if self.guidance_scale is not None and not 1 <= self.guidance_scale < math.inf:
+            raise RecipeError(f"model.guidance_scale must be at least 1, got {self.guidance_scale}")
         if self.condition_positions and self.config is None:
             raise RecipeError("model.condition_positions is for a new SANA, and a base has its own: leave it out")
         if self.config is not None:
@@ -350,6 +355,7 @@ class DiffusionDeTokTrainer(TarTrainer):
         noise_scheduler (`SchedulerMixin`): What the model will draw with; belongs to every checkpoint.
         flow_shift (`float`): Of the noise levels.
         latent_shape (`tuple[int, int, int]`): (c, h, w).
+        guidance_scale (`float`): What checkpoints draw with by default.
     """
 
     def __init__(
@@ -359,6 +365,7 @@ class DiffusionDeTokTrainer(TarTrainer):
         noise_scheduler: SchedulerMixin,
         flow_shift: float,
         latent_shape: tuple[int, int, int],
+        guidance_scale: float,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -368,6 +375,7 @@ class DiffusionDeTokTrainer(TarTrainer):
         self.noise_scheduler = noise_scheduler
         self.flow_shift = flow_shift
         self.latent_shape = latent_shape
+        self.guidance_scale = guidance_scale
 
     @functools.cached_property
     def decoder(self) -> TATokModel:
@@ -449,6 +457,7 @@ class DiffusionDeTokTrainer(TarTrainer):
             scheduler=self.noise_scheduler,
             negative_condition=_rebuild(self.model.negative_condition, _part(state_dict, "negative_condition.")),
             condition_positions=self.model.condition_positions,
+            default_guidance_scale=self.guidance_scale,
         )
         pipeline.save_pretrained(folder)
         _write_card(folder, pipeline, self.recipe)
@@ -491,14 +500,14 @@ def build(recipe: DiffusionDeTokRecipe) -> DiffusionDeTokTrainer:
     check_scales(recipe.scale_weights, recipe.model.ta_tok, ta_tok)
     if recipe.model.base is None:
         transformer, vae, noise_scheduler = make_base(recipe, ta_tok.hidden_size)
-        condition_positions = float(recipe.model.condition_positions)
-        if condition_positions and ta_tok.hidden_size % 4:
+        settings = {"condition_positions": float(recipe.model.condition_positions)}
+        if recipe.model.condition_positions and ta_tok.hidden_size % 4:
             raise RecipeError(
                 f"model.condition_positions needs features of a width that is a multiple of 4, got {ta_tok.hidden_size}"
             )
     else:
         transformer, vae, noise_scheduler = load_base(recipe.model.base)
-        condition_positions = DiffusionPipeline.load_config(recipe.model.base).get("condition_positions", 0.0)
+        settings = DiffusionPipeline.load_config(recipe.model.base)
     _fit_condition(transformer, ta_tok.hidden_size, recipe)
     side = _fit_image_size(transformer, vae, recipe.model.image_size)
     negative_condition = _negative_condition(recipe, ta_tok)
@@ -527,7 +536,10 @@ def build(recipe: DiffusionDeTokRecipe) -> DiffusionDeTokTrainer:
     )
     return DiffusionDeTokTrainer(
         model=FlowMatching(
-            transformer, negative_condition, noise_scheduler.config.num_train_timesteps, condition_positions
+            transformer,
+            negative_condition,
+            noise_scheduler.config.num_train_timesteps,
+            settings.get("condition_positions", 0.0),
         ),
         args=arguments,
         data_collator=collate,
@@ -538,6 +550,7 @@ def build(recipe: DiffusionDeTokRecipe) -> DiffusionDeTokTrainer:
         noise_scheduler=noise_scheduler,
         flow_shift=_flow_shift(noise_scheduler) if recipe.flow_shift is None else recipe.flow_shift,
         latent_shape=latent_shape,
+        guidance_scale=float(recipe.model.guidance_scale or settings.get("default_guidance_scale", 4.0)),
     )
 
 
