@@ -146,6 +146,7 @@ def test_wrong_input(refuses, tar_repo, no_model_loads, arguments, said):
         ("--seed", str(2**63), r"0\.\.2\*\*63-1"),
         ("--num-images", "0", "a whole number from 1 on"),
         ("--self-reflect", "0", "a whole number from 1 on"),
+        ("--self-reflect-pictures", "0", "a whole number from 1 on"),
         ("--batch-size", "x", "a whole number from 1 on"),
         ("--scale", "4", "choose from"),
         ("--image-scale", "0", "choose from"),

@@ -23,6 +23,7 @@ class Knowing:
     """Draws what prompts ask for, and answers from what it reads off pictures."""
 
     default_self_reflect = None
+    default_self_reflect_pictures = None
     default_prompt_guidance_scale = 1.0
 
     def __init__(self, split="test", seeds=(0,)):
@@ -31,7 +32,7 @@ class Knowing:
         for seed in seeds:  # what diversity is asked about lies further on
             self.wishes |= {prompt: wish for prompt, wish, _ in islice(world.samples(split, seed + 2), 200)}
 
-    def __call__(self, prompts, images, generator, scale, self_reflect, prompt_guidance_scale):
+    def __call__(self, prompts, images, generator, scale, self_reflect, self_reflect_pictures, prompt_guidance_scale):
         return SimpleNamespace(images=list(map(self.draw, prompts, images, generator)))
 
     def draw(self, prompt, image, generator):
@@ -149,7 +150,7 @@ def test_report(known, tmp_path):
     written = json.loads((tmp_path / "report" / "scores.json").read_text())
     settings = written.pop("settings")
     assert settings.pop("seconds") > 0 and settings.pop("tar_hf")
-    drawing = {"scale": 1, "self_reflect": None, "prompt_guidance_scale": 1.0}
+    drawing = {"scale": 1, "self_reflect": None, "self_reflect_pictures": None, "prompt_guidance_scale": 1.0}
     assert settings == {"model": "knowing", "count": 18, "seed": 4, "split": "test", **drawing}
     assert (
         written["two_objects"] == 1 and written["two_objects_stderr"] == 0 and len(written) == 2 * len(result["scores"])

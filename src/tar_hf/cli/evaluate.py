@@ -32,6 +32,12 @@ def add_parser(commands):
         help="candidates that the model chooses from; default: as the model says, 1 is off",
     )
     parser.add_argument(
+        "--self-reflect-pictures",
+        type=count,
+        metavar="N",
+        help="up to so many of them, the best, are judged by their pictures too; default: as the model says, 1 is off",
+    )
+    parser.add_argument(
         "--prompt-guidance-scale",
         type=guidance,
         metavar="G",
@@ -65,13 +71,13 @@ def _mini(arguments):
 
 
 def _evaluate(arguments, folder=None):
-    from tar_hf.mini.evaluate import evaluate
+    from tar_hf.mini.evaluate import DRAWING, evaluate
     from tar_hf.mini.report import table, write_report
 
     pipe = load_model(arguments, "model", "encoder", "decoder", "detokenizer")
     settings = model_settings(arguments)
     options = {"count": arguments.count, "seed": arguments.seed, "split": arguments.split, "name": settings["model"]}
-    options |= {name: getattr(arguments, name) for name in ("scale", "self_reflect", "prompt_guidance_scale")}
+    options |= {name: getattr(arguments, name) for name in DRAWING}
     with progress() as report:
         result = evaluate(pipe, callback=report, **options)
     result["settings"] |= settings

@@ -54,6 +54,12 @@ def add_parser(commands):
         help="draw N candidates each, and keep what the model finds best; default: as the model says, 1 is off",
     )
     parser.add_argument(
+        "--self-reflect-pictures",
+        type=count,
+        metavar="N",
+        help="up to so many of them, the best, are judged by their pictures too; default: as the model says, 1 is off",
+    )
+    parser.add_argument(
         "--jacobi-window",
         type=count,
         metavar="W",
@@ -72,7 +78,7 @@ def add_parser(commands):
 # What of the arguments goes to `TarPipeline` as it is, and into the pictures.
 SETTINGS = (
     *("scale", "image_scale", "temperature", "top_p", "top_k"),
-    *("guidance_scale", "prompt_guidance_scale", "self_reflect"),
+    *("guidance_scale", "prompt_guidance_scale", "self_reflect", "self_reflect_pictures"),
 )
 
 

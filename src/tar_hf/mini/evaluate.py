@@ -39,6 +39,7 @@ MEANS = {
     "understanding": tuple(f"answers_{kind}" for kind in QUESTION_KINDS),
     "text_image_to_image": ("recolor", "beside"),
 }
+DRAWING = ("scale", "self_reflect", "self_reflect_pictures", "prompt_guidance_scale")  # how pictures are drawn
 BATCH = 16  # prompts at a time; a sample depends on its own generator, not on the batch
 DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 4, 8
 
@@ -73,6 +74,7 @@ def evaluate(
     name: str | None = None,
     scale: int = 1,
     self_reflect: int | None = None,
+    self_reflect_pictures: int | None = None,
     prompt_guidance_scale: float | None = None,
 ) -> dict:
     """
@@ -95,6 +97,8 @@ def evaluate(
         scale (`int`, *optional*, defaults to `1`): Of the codes of all pictures, read and drawn.
         self_reflect (`int`, *optional*): Candidates of which the system itself chooses the picture of a prompt. By
             default as many as its own settings say.
+        self_reflect_pictures (`int`, *optional*): Up to how many of them it judges by their pictures too. By default as
+            its own settings say.
         prompt_guidance_scale (`float`, *optional*): How much prompts guide. By default as its own settings say.
 
     Returns:
@@ -109,6 +113,9 @@ def evaluate(
     drawing = {
         "scale": scale,
         "self_reflect": pipe.default_self_reflect if self_reflect is None else self_reflect,
+        "self_reflect_pictures": (
+            pipe.default_self_reflect_pictures if self_reflect_pictures is None else self_reflect_pictures
+        ),
         "prompt_guidance_scale": (
             pipe.default_prompt_guidance_scale if prompt_guidance_scale is None else prompt_guidance_scale
         ),

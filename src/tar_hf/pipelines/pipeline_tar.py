@@ -28,7 +28,8 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .tar_prompts import IMAGE, MATCHES, SYSTEM, as_lists, check_prompts, check_text, user_turns
+from .tar_prompts import IMAGE, SYSTEM, as_lists, check_prompts, check_text, user_turns
+from .tar_reflection import match_logits
 from .tar_repository import PARTS_FILE, RepoFolder, local_folder, named_model, write_pipeline_code
 from .tar_sampling import Callback, TextOnly, Watch, known_options, make_generators, report, watch_pixels
 
@@ -67,11 +68,14 @@ class TarPipelineOutput(ModelOutput):
         codes (`torch.LongTensor` of shape `(images, N)`): Their codes, 0..K-1.
         scores (`torch.FloatTensor` of shape `(prompts * num_images_per_prompt, candidates)`, *optional*): With
             `self_reflect`: how likely the language model calls each candidate a match.
+        picture_scores (`torch.FloatTensor` of the same shape, *optional*): With `self_reflect_pictures`: how likely it
+            calls what is read from the candidate's picture a match; NaN for candidates without a picture.
     """
 
     images: object = None
     codes: torch.LongTensor | None = None
     scores: torch.FloatTensor | None = None
+    picture_scores: torch.FloatTensor | None = None
 
 
 def chat_messages(turns, image_scale=1):
@@ -86,6 +90,15 @@ def chat_messages(turns, image_scale=1):
             stand_in = f"{IMAGE_START}{SCALE.format(image_scale - 1)}{stand_in}{IMAGE_END}"
         messages.append({"role": role, "content": text.replace(IMAGE, stand_in)})
     return messages
+
+
+def _output(pixels, output_type):
+    """Pixels (images, 3, H, W) in 0..1 in the form that is asked for."""
+    if output_type == "pt":
+        return pixels
+    arrays = pixels.permute(0, 2, 3, 1).numpy()
+    # Truncated, not rounded, as in the original.
+    return arrays if output_type == "np" else [Image.fromarray((array * 255).astype("uint8")) for array in arrays]
 
 
 class TarPipeline:
@@ -371,7 +384,10 @@ class TarPipeline:
         Returns:
             `torch.LongTensor` of shape `(images, N)`.
         """
-        return self._encode(self.image_processor(images, return_tensors="pt").pixel_values, scale, callback)
+        return self._encode(self._pixel_values(images), scale, callback)
+
+    def _pixel_values(self, images):
+        return self.image_processor(images, return_tensors="pt").pixel_values
 
     @torch.no_grad()
     def _encode(self, pixels, scale, callback):
@@ -406,22 +422,22 @@ class TarPipeline:
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
         generators = make_generators(generator, len(codes))
-        detokenizer = self.detokenizer
         self._check_detokenizer(kwargs)
+        return _output(self._pixels(codes, guidance_scale, generators, callback, kwargs), output_type)
+
+    @torch.no_grad()
+    def _pixels(self, codes, guidance_scale, generators, callback, options):
+        """Codes (images, N) -> pixels (images, 3, H, W) in 0..1, in float32 on the CPU."""
+        detokenizer = self.detokenizer
         features = self.decoder.decode(codes.to(self.decoder.device))
         pixels = detokenizer.detokenize(
             features,
             generator=generators,
             guidance_scale=self.default_guidance_scale if guidance_scale is None else guidance_scale,
             **watch_pixels(detokenizer, callback),
-            **kwargs,
+            **options,
         )
-        pixels = pixels.float().cpu()
-        if output_type == "pt":
-            return pixels
-        arrays = pixels.permute(0, 2, 3, 1).numpy()
-        # Truncated, not rounded, as in the original.
-        return arrays if output_type == "np" else [Image.fromarray((array * 255).astype("uint8")) for array in arrays]
+        return pixels.float().cpu()
 
     def reconstruct(self, image, scale: int = 1, callback: Callback | None = None, **kwargs):
         """Image to codes to image; a list gives a list. `kwargs` are those of `decode`."""
@@ -447,6 +463,12 @@ class TarPipeline:
         return getattr(self.model.generation_config, "self_reflect", None)
 
     @property
+    def default_self_reflect_pictures(self) -> int | None:
+        """Up to how many candidates a call turns into pixels unless it says otherwise: `self_reflect_pictures` in the
+        language model's `generation_config`."""
+        return getattr(self.model.generation_config, "self_reflect_pictures", None)
+
+    @property
     def default_prompt_guidance_scale(self) -> float:
         """How much a prompt guides unless a call says otherwise: `prompt_guidance_scale` in the language model's
         `generation_config`, or 1, not at all, as the original draws."""
@@ -466,6 +488,7 @@ class TarPipeline:
         guidance_scale: float | None = None,
         prompt_guidance_scale: float | None = None,
         self_reflect: int | None = None,
+        self_reflect_pictures: int | None = None,
         jacobi_window: int | None = None,
         generator=None,
         output_type: str = "pil",
@@ -490,6 +513,10 @@ class TarPipeline:
             self_reflect (`int`, *optional*): Draws so many candidates for each image, lets the language model judge
                 them by their codes, and only turns the best into pixels: the paper's self-reflection. 1 turns it off,
                 and by default it is as `default_self_reflect` says.
+            self_reflect_pictures (`int`, *optional*): Turns up to so many candidates, the best by their codes, into
+                pixels, reads them again and judges what it reads too: codes that are meant for one shape may come out
+                as another. Takes TA-Tok's encoder. 1 turns it off, and by default it is as
+                `default_self_reflect_pictures` says.
             jacobi_window (`int`, *optional*): Draws so many codes, and VQ tokens of AR-DTok, at once, and keeps what
                 drawing one by one would have drawn: the same images in fewer steps, see `jacobi_decode`.
             generator (`torch.Generator` or a list with one for each image, *optional*): Source of all draws.
@@ -500,8 +527,10 @@ class TarPipeline:
         """
         prompts, images, _ = as_lists(prompt, images)
         check_prompts(prompts, images)
-        self_reflect = self.default_self_reflect if self_reflect is None else self_reflect
-        for name, value in (("num_images_per_prompt", num_images_per_prompt), ("self_reflect", self_reflect or 1)):
+        candidates = (self.default_self_reflect or 1) if self_reflect is None else self_reflect
+        pictures = (self.default_self_reflect_pictures or 1) if self_reflect_pictures is None else self_reflect_pictures
+        counts = {"num_images_per_prompt": num_images_per_prompt, "self_reflect": candidates}
+        for name, value in {**counts, "self_reflect_pictures": pictures}.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
         if prompt_guidance_scale is None:
@@ -524,20 +553,35 @@ class TarPipeline:
         given = self._read(images, image_scale, callback)
         rows = self._drawing_rows(prompts, given, scale)
         empty = self._drawing_rows([""], [[]], scale)[0] if prompt_guidance_scale != 1 else None
-        candidates = self_reflect or 1
         uniform = draw_uniform(len(generators), candidates * tokens, generators, "cpu").view(-1, tokens)
         options = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         options |= {"guidance_scale": prompt_guidance_scale, "empty": empty, "jacobi_window": jacobi_window}
         codes = self._draw_codes(rows, uniform, callback=callback, **options)
-        scores = None
-        if candidates > 1:
-            requests = [request for request in zip(prompts, given, strict=True) for _ in range(num_images_per_prompt)]
-            scores = self._judge(requests, codes, candidates)
-            best = scores.argmax(-1) + torch.arange(len(scores)) * candidates
-            codes = codes[best]
-        options = {"output_type": output_type, "callback": callback, **kwargs}
-        drawn = self.decode(codes, guidance_scale=guidance_scale, generator=generators, **options)
-        return TarPipelineOutput(images=drawn, codes=codes, scores=scores)
+        if candidates == 1:
+            pixels = self._pixels(codes, guidance_scale, generators, callback, kwargs)
+            return TarPipelineOutput(images=_output(pixels, output_type), codes=codes)
+
+        codes = codes.unflatten(0, (len(generators), candidates))
+        requests = [request for request in zip(prompts, given, strict=True) for _ in range(num_images_per_prompt)]
+        logits = match_logits(self, requests, codes)
+        best = logits.argsort(dim=-1, descending=True, stable=True)[:, :pictures]
+        codes = codes.gather(1, best[..., None].expand(-1, -1, tokens))
+        generators = [own for generator in generators for own in make_generators(generator, codes.shape[1])]
+        pixels = self._pixels(codes.flatten(0, 1), guidance_scale, generators, callback, kwargs)
+        picture_scores = None
+        if codes.shape[1] > 1:
+            read = self._encode(self._pixel_values(_output(pixels, "pil")), scale, callback)
+            picture_logits = match_logits(self, requests, read.view_as(codes).cpu())
+            picture_scores = torch.full_like(logits, torch.nan).scatter(1, best, picture_logits.sigmoid())
+            chosen = (logits.gather(1, best) + picture_logits).argmax(-1)
+            rows = torch.arange(len(codes))
+            codes, pixels = codes[rows, chosen, None], pixels.unflatten(0, codes.shape[:2])[rows, chosen]
+        return TarPipelineOutput(
+            images=_output(pixels, output_type),
+            codes=codes.flatten(0, 1),
+            scores=logits.sigmoid(),
+            picture_scores=picture_scores,
+        )
 
     def _drawing_rows(self, prompts, given, scale):
         """Prompts, and the codes of each one's images, as the token ids that an image is drawn behind."""
@@ -692,26 +736,6 @@ class TarPipeline:
         bias = None if head.bias is None else head.bias[first:end]
         return F.linear(hidden, head.weight[first:end], bias).float()
 
-    @torch.no_grad()
-    def _judge(self, requests, codes, candidates):
-        """How likely the model says yes rather than no to each candidate: (images, candidates).
-
-        A request is a prompt and the codes of its images, which the judge sees where the prompt has them.
-        """
-        answers = [self._single_ids(words) for words in (("yes", "Yes"), ("no", "No"))]
-        scores = []
-        for (prompt, given), drawn in zip(requests, codes.split(candidates), strict=True):
-            question = f"{IMAGE}\n{MATCHES.format(prompt)}"
-            ids, mask = self._pad([self._prompt_ids(user_turns(question), [row, *given]) for row in drawn])
-            logits = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1).logits[:, -1].float()
-            yes, no = (logits[:, list(ids)].logsumexp(-1) for ids in answers)
-            scores.append((yes - no).sigmoid())
-        return torch.stack(scores).cpu()
-
-    def _single_ids(self, words):
-        """First tokens of the words, which differ from tokenizer to tokenizer."""
-        return {self.tokenizer(word, add_special_tokens=False).input_ids[0] for word in words}
-
     # Understanding
 
     def generate_text(
@@ -827,7 +851,7 @@ class TarPipeline:
 
     def _read(self, images, scale, callback):
         """The images of each prompt as a list of codes (N,). All are opened before the first is encoded."""
-        opened = [self.image_processor(given, return_tensors="pt").pixel_values if given else None for given in images]
+        opened = [self._pixel_values(given) if given else None for given in images]
         return [[] if pixels is None else list(self._encode(pixels, scale, callback)) for pixels in opened]
 
     def _prompt_ids(self, turns, codes, drawing=None, image_scale=1):

@@ -47,6 +47,8 @@ class LLMModelRecipe:
             `training.bf16` float32 weights compute in bfloat16 nevertheless.
         self_reflect (`int`, *optional*): How many candidates the trained model draws, and chooses from by its own
             judgement, unless a call says otherwise. By default as the base; 1 is none.
+        self_reflect_pictures (`int`, *optional*): Up to how many of them it judges by what they look like too. By
+            default as the base; 1 is none.
         prompt_guidance_scale (`float`, *optional*): How much prompts guide the trained model's drawing, unless a call
             says otherwise. By default as the base; 1 is none. More needs a `prompt_dropout`.
         attn_implementation (`str`, *optional*): `eager`, `sdpa`, `flash_attention_2`; by default the library's choice.
@@ -58,12 +60,14 @@ class LLMModelRecipe:
     num_scales: int = 3
     dtype: str = "float32"
     self_reflect: int | None = None
+    self_reflect_pictures: int | None = None
     prompt_guidance_scale: float | int | None = None
     attn_implementation: str | None = None
 
     def __post_init__(self):
-        if self.self_reflect is not None and self.self_reflect < 1:
-            raise RecipeError(f"model.self_reflect must be at least 1, got {self.self_reflect}")
+        for name in ("self_reflect", "self_reflect_pictures"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise RecipeError(f"model.{name} must be at least 1, got {value}")
         if self.prompt_guidance_scale is not None and not self.prompt_guidance_scale >= 1:
             raise RecipeError(f"model.prompt_guidance_scale must be at least 1, got {self.prompt_guidance_scale}")
         if self.dtype not in DTYPES:
@@ -248,7 +252,7 @@ def load_language_model(
     model, tokenizer = load_base(recipe.base, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation)
     # The code that the entry is about belongs to a whole Tar repository; `copy_parts` adds both.
     vars(model.config).pop("custom_pipelines", None)
-    for name in ("self_reflect", "prompt_guidance_scale"):
+    for name in ("self_reflect", "self_reflect_pictures", "prompt_guidance_scale"):
         if (value := getattr(recipe, name)) is not None:
             setattr(model.generation_config, name, value)
             # The library forgets what it does not know in a configuration that it has made of the model's.
