@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -19,43 +18,22 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    DynamicCache,
     GenerationMixin,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 from transformers.utils import ModelOutput
 
+from .tar_drawing import check_jacobi, code_warpers, draw_codes, visual_logits
 from .tar_prompts import IMAGE, SYSTEM, as_lists, check_prompts, check_text, user_turns
 from .tar_reflection import match_logits
 from .tar_repository import PARTS_FILE, RepoFolder, local_folder, named_model, write_pipeline_code
 from .tar_sampling import Callback, TextOnly, Watch, known_options, make_generators, report, watch_pixels
 
 try:
-    from tar_hf.modeling.modeling_ar_detok import (
-        RowCache,
-        draw_tokens,
-        draw_uniform,
-        jacobi_decode,
-        reserve,
-        seeded_decoding,
-    )
+    from tar_hf.modeling.modeling_ar_detok import draw_uniform, seeded_decoding
     from tar_hf.modeling.visual_vocabulary import CODE, IMAGE_END, IMAGE_START, SCALE, VisualVocabulary
 except ImportError:  # in a Hub repository, where the files stand side by side
-    from .modeling_ar_detok import (
-        RowCache,
-        draw_tokens,
-        draw_uniform,
-        jacobi_decode,
-        reserve,
-        seeded_decoding,
-    )
+    from .modeling_ar_detok import draw_uniform, seeded_decoding
     from .visual_vocabulary import CODE, IMAGE_END, IMAGE_START, SCALE, VisualVocabulary
-
-# Settings of a model that do more to the logits than the output layer, so that a slice of that layer is not enough.
-LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 
@@ -545,7 +523,7 @@ class TarPipeline:
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
         if jacobi_window is not None:
-            self._check_jacobi(jacobi_window)
+            check_jacobi(self.model, jacobi_window)
             if isinstance(self.detokenizer, GenerationMixin):
                 kwargs["jacobi_window"] = jacobi_window
         self._check_detokenizer(kwargs)
@@ -589,7 +567,6 @@ class TarPipeline:
             self._prompt_ids(user_turns(text), codes, drawing=scale) for text, codes in zip(prompts, given, strict=True)
         ]
 
-    @torch.no_grad()
     def _draw_codes(
         self,
         rows,
@@ -605,86 +582,24 @@ class TarPipeline:
     ):
         """Prompts as token ids, and one uniform number a code (images, N) -> codes (images, N).
 
-        Each prompt is read once, however many images it gets. Only the visual rows of the output layer are computed, so
-        that every token is a code, and exactly N come. With the row of an empty request the second half of a batch has
-        the same codes behind it, and guidance leads away from what is expected there.
+        Each prompt gets as many images. With `empty`, the row of an empty request, guidance leads away from it.
         """
         images, tokens = uniform.shape
         sources = torch.arange(len(rows)).repeat_interleave(images // len(rows))  # of each row that is drawn
-        guided = empty is not None
-        if guided:
+        if empty is not None:
             sources = torch.cat([sources, torch.full_like(sources, len(rows))])
             rows = [*rows, empty]
-        warpers = LogitsProcessorList()
-        if do_sample:
-            warpers.append(TemperatureLogitsWarper(temperature))
-            if top_k:
-                warpers.append(TopKLogitsWarper(top_k))
-            if top_p < 1:
-                warpers.append(TopPLogitsWarper(top_p))
-        uniform, sources = uniform.to(self.model.device), sources.to(self.model.device)
-
-        def twice(tensor):
-            return torch.cat([tensor, tensor]) if guided else tensor
-
-        def guide(logits):
-            if not guided:
-                return logits
-            asked, empty = logits.chunk(2)
-            return empty + guidance_scale * (asked - empty)
-
-        def choose(logits, columns):
-            """Codes (n,) by logits (n, K), for the columns (B, n / B)."""
-            if not do_sample:
-                return logits.argmax(-1)
-            return draw_tokens(warpers(None, logits), uniform.gather(1, columns.clamp(max=tokens - 1)).flatten())
-
-        ids, mask = self._pad(rows)
-        cache = DynamicCache(config=self.model.config)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = guide(self._visual_logits(ids, mask, positions, cache, last=1)[sources, 0])
-        mask, positions = mask[sources], positions[sources, -1:] + 1
-        if len(sources) > len(rows):
-            cache.batch_select_indices(sources)
-
-        if jacobi_window is not None:
-            cache = RowCache(cache, tokens + jacobi_window, mask)
-
-            def next_logits(codes, columns):
-                ids, columns = twice(codes + self.vocabulary.first_code_id), twice(columns)
-                places = mask.shape[1] + columns
-                seen = cache.move(places, places.max().item() + 1)
-                return guide(self._visual_logits(ids, seen, positions + columns, cache, last=jacobi_window))
-
-            def on_step(codes, known):
-                report(callback, "codes", known, tokens)
-
-            return jacobi_decode(logits, next_logits, choose, tokens, jacobi_window, on_step).cpu()
-
-        reserve(cache, ids.shape[1] + tokens)
-        mask = self._decoding_mask(mask, tokens)
-        codes = torch.empty(images, 0, dtype=torch.long, device=self.model.device)
-        for step in range(1, tokens + 1):
-            column = torch.full((images, 1), step - 1, device=self.model.device)
-            codes = torch.cat([codes, choose(logits, column)[:, None]], 1)
-            report(callback, "codes", step, tokens)
-            if step < tokens:
-                shown = mask[..., : mask.shape[-1] - tokens + step]
-                ids = twice(codes[:, -1:] + self.vocabulary.first_code_id)
-                logits = guide(self._visual_logits(ids, shown, positions + step - 1, cache, last=1)[:, 0])
-        return codes.cpu()
-
-    def _decoding_mask(self, mask, tokens):
-        """The mask of prompts (B, L) and of as many tokens behind them, for one query at a time.
-
-        On CPUs it is (B, 1, 1, L + tokens), added to scores: with it the library takes heads that share keys as so many
-        queries, which its kernel is made for, where without one it has a single query for each.
-        """
-        mask = F.pad(mask, (0, tokens), value=1)
-        if self.model.device.type != "cpu" or self.model.config._attn_implementation not in ("eager", "sdpa"):
-            return mask
-        added = torch.zeros(mask.shape, dtype=self.model.dtype)
-        return added.masked_fill(mask == 0, torch.finfo(added.dtype).min)[:, None, None]
+        return draw_codes(
+            self.model,
+            self.vocabulary,
+            *self._pad(rows),
+            sources,
+            uniform,
+            warpers=code_warpers(temperature, top_p, top_k) if do_sample else None,
+            guidance_scale=None if empty is None else guidance_scale,
+            jacobi_window=jacobi_window,
+            on_step=lambda known: report(callback, "codes", known, tokens),
+        )
 
     def code_logits(
         self, prompt: str | list[str], codes: torch.LongTensor, images=None, scale: int = 1, image_scale: int = 1
@@ -713,28 +628,8 @@ class TarPipeline:
         known = codes[:, :-1].to(ids.device)
         ids = torch.cat([ids, known + self.vocabulary.first_code_id], 1)
         mask = torch.cat([mask, torch.ones_like(known)], 1)
-        return self._visual_logits(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), None, last=codes.shape[1])
-
-    def _check_jacobi(self, window):
-        if not isinstance(window, int) or window < 2:
-            raise ValueError(f"jacobi_window must be a number of tokens, at least 2, got {window!r}")
-        if (attention := self.model.config._attn_implementation) not in ("eager", "sdpa"):
-            raise ValueError(
-                f"jacobi_window masks each row for itself, which only the attentions eager and sdpa do, got {attention}"
-            )
-
-    def _visual_logits(self, ids, mask, positions, cache, last):
-        """Logits (B, last, K) of the codes that may come after each of the last tokens, in float32."""
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        inputs |= {"past_key_values": cache, "use_cache": cache is not None}
-        head, config = self.model.get_output_embeddings(), self.model.config
-        first, end = self.vocabulary.first_code_id, self.vocabulary.vocab_size
-        if type(head) is not nn.Linear or any(getattr(config, name, None) for name in LOGIT_SETTINGS):
-            outputs = self.model(**inputs, logits_to_keep=last)
-            return outputs.logits[..., first:end].float()
-        hidden = self.model.get_decoder()(**inputs).last_hidden_state[:, -last:]
-        bias = None if head.bias is None else head.bias[first:end]
-        return F.linear(hidden, head.weight[first:end], bias).float()
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        return visual_logits(self.model, self.vocabulary, ids, mask, positions, None, last=codes.shape[1])
 
     # Understanding
 

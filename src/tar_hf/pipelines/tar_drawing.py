@@ -1,0 +1,166 @@
+"""How the language model draws the codes of images: one after another, or several at once; guided, or not.
+
+Only the visual rows of its output layer are computed, so that every token is a code, and exactly N come.
+
+Shapes: P prompts of up to L tokens, B images of N codes each, a codebook of K.
+
+This file travels with `pipeline_tar.py` into repositories, so it imports nothing of the package.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+try:
+    from tar_hf.modeling.modeling_ar_detok import RowCache, draw_tokens, jacobi_decode, reserve
+except ImportError:  # in a Hub repository, where the files stand side by side
+    from .modeling_ar_detok import RowCache, draw_tokens, jacobi_decode, reserve
+
+# Settings of a model that do more to the logits than the output layer, so that a slice of that layer is not enough.
+LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def code_warpers(temperature: float, top_p: float, top_k: int) -> LogitsProcessorList:
+    """What sampling does to logits; `top_k=0` and `top_p=1` are no limits."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    return warpers
+
+
+@torch.no_grad()
+def draw_codes(
+    model: PreTrainedModel,
+    vocabulary,
+    ids: torch.LongTensor,
+    mask: torch.LongTensor,
+    sources: torch.LongTensor,
+    uniform: torch.FloatTensor,
+    warpers: LogitsProcessorList | None,
+    guidance_scale: float | None = None,
+    jacobi_window: int | None = None,
+    on_step: Callable[[int], None] = lambda known: None,
+) -> torch.LongTensor:
+    """
+    Codes behind prompts, each of which is read once, however many images it gets.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model with visual tokens.
+        vocabulary (`VisualVocabulary`): Its visual tokens.
+        ids, mask (`torch.LongTensor` of shape `(P, L)`): Prompts, padded on the left.
+        sources (`torch.LongTensor` of shape `(B,)`): The prompt of each image. With guidance `(2 * B,)`: the second
+            half are the requests that it leads away from.
+        uniform (`torch.FloatTensor` of shape `(B, N)`): One number in 0..1 for each code to draw.
+        warpers (`LogitsProcessorList`, *optional*): Of sampling; the likeliest code without.
+        guidance_scale (`float`, *optional*): How far to lead away from the second half's expectations.
+        jacobi_window (`int`, *optional*): How many codes to draw at once, see `jacobi_decode`.
+        on_step (`Callable`, *optional*): Called with how many codes are known.
+
+    Returns:
+        `torch.LongTensor` of shape `(B, N)`, on the CPU.
+    """
+    images, tokens = uniform.shape
+    guided = guidance_scale is not None
+    uniform, sources = uniform.to(model.device), sources.to(model.device)
+
+    def twice(tensor):
+        return torch.cat([tensor, tensor]) if guided else tensor
+
+    def guide(logits):
+        if not guided:
+            return logits
+        asked, empty = logits.chunk(2)
+        return empty + guidance_scale * (asked - empty)
+
+    def choose(logits, columns):
+        """Codes (n,) by logits (n, K), for the columns (B, n / B)."""
+        if warpers is None:
+            return logits.argmax(-1)
+        return draw_tokens(warpers(None, logits), uniform.gather(1, columns.clamp(max=tokens - 1)).flatten())
+
+    def logits_of(ids, mask, positions, last):
+        return visual_logits(model, vocabulary, ids, mask, positions, cache, last)
+
+    cache = DynamicCache(config=model.config)
+    prompt_length, prompts = ids.shape[1], len(ids)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = guide(logits_of(ids, mask, positions, last=1)[sources, 0])
+    mask, positions = mask[sources], positions[sources, -1:] + 1
+    if len(sources) > prompts:
+        cache.batch_select_indices(sources)
+
+    if jacobi_window is not None:
+        cache = RowCache(cache, tokens + jacobi_window, mask)
+
+        def next_logits(codes, columns):
+            ids, columns = twice(codes + vocabulary.first_code_id), twice(columns)
+            places = prompt_length + columns
+            seen = cache.move(places, places.max().item() + 1)
+            return guide(logits_of(ids, seen, positions + columns, last=jacobi_window))
+
+        def on_window(codes, known):
+            on_step(known)
+
+        return jacobi_decode(logits, next_logits, choose, tokens, jacobi_window, on_window).cpu()
+
+    reserve(cache, prompt_length + tokens)
+    mask = _decoding_mask(model, mask, tokens)
+    codes = torch.empty(images, 0, dtype=torch.long, device=model.device)
+    for step in range(1, tokens + 1):
+        column = torch.full((images, 1), step - 1, device=model.device)
+        codes = torch.cat([codes, choose(logits, column)[:, None]], 1)
+        on_step(step)
+        if step < tokens:
+            shown = mask[..., : mask.shape[-1] - tokens + step]
+            ids = twice(codes[:, -1:] + vocabulary.first_code_id)
+            logits = guide(logits_of(ids, shown, positions + step - 1, last=1)[:, 0])
+    return codes.cpu()
+
+
+def visual_logits(model, vocabulary, ids, mask, positions, cache, last: int) -> torch.FloatTensor:
+    """Logits (B, last, K) of the codes that may come after each of the last tokens, in float32. Gradients flow."""
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    inputs |= {"past_key_values": cache, "use_cache": cache is not None}
+    head, config = model.get_output_embeddings(), model.config
+    first, end = vocabulary.first_code_id, vocabulary.vocab_size
+    if type(head) is not nn.Linear or any(getattr(config, name, None) for name in LOGIT_SETTINGS):
+        outputs = model(**inputs, logits_to_keep=last)
+        return outputs.logits[..., first:end].float()
+    hidden = model.get_decoder()(**inputs).last_hidden_state[:, -last:]
+    bias = None if head.bias is None else head.bias[first:end]
+    return F.linear(hidden, head.weight[first:end], bias).float()
+
+
+def check_jacobi(model: PreTrainedModel, window: int):
+    """Raises a `ValueError` for a window that cannot be, or a model whose attention does not know one."""
+    if not isinstance(window, int) or window < 2:
+        raise ValueError(f"jacobi_window must be a number of tokens, at least 2, got {window!r}")
+    if (attention := model.config._attn_implementation) not in ("eager", "sdpa"):
+        raise ValueError(
+            f"jacobi_window masks each row for itself, which only the attentions eager and sdpa do, got {attention}"
+        )
+
+
+def _decoding_mask(model, mask, tokens):
+    """The mask of prompts (B, L) and of as many tokens behind them, for one query at a time.
+
+    On CPUs it is (B, 1, 1, L + tokens), added to scores: with it the library takes heads that share keys as so many
+    queries, which its kernel is made for, where without one it has a single query for each.
+    """
+    mask = F.pad(mask, (0, tokens), value=1)
+    if model.device.type != "cpu" or model.config._attn_implementation not in ("eager", "sdpa"):
+        return mask
+    added = torch.zeros(mask.shape, dtype=model.dtype)
+    return added.masked_fill(mask == 0, torch.finfo(added.dtype).min)[:, None, None]
