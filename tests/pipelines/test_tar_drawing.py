@@ -1,0 +1,101 @@
+"""How codes are drawn, on the golden system: guided, in windows, and what they cost."""
+
+import pytest
+import torch
+
+
+def seeds(*values):
+    return [torch.Generator().manual_seed(value) for value in values]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("prompts", [["a cat"], ["a cat", "three small dogs on a boat"]], ids=["alone", "padded"])
+def test_heads_that_share_keys_are_so_many_queries(pipe, prompts, implementation, monkeypatch):
+    """Which is faster than to repeat keys and values, or to take each head's one query alone."""
+    model, config = pipe.model, pipe.model.config
+    groups = config.num_attention_heads // config.num_key_value_heads
+    attention, shapes = torch.nn.functional.scaled_dot_product_attention, []
+
+    def noted(query, *given, **options):
+        shapes.append(query.shape)
+        return attention(query, *given, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    drawn = pipe(prompts, scale=3, do_sample=False, output_type="pt").codes
+    one_query = (len(prompts), config.num_key_value_heads, groups, config.hidden_size // config.num_attention_heads)
+    assert groups > 1 and shapes.count(one_query) == 80 * config.num_hidden_layers
+    model.set_attn_implementation(implementation)
+    try:
+        rows = pipe._drawing_rows(prompts, [[]] * len(prompts), 3)
+        for row, codes in zip(rows, drawn, strict=True):
+            whole = torch.tensor([[*row, *pipe.vocabulary.codes_to_ids(codes).tolist()]])
+            logits = model(whole).logits[0, len(row) - 1 : -1, pipe.vocabulary.first_code_id :]
+            assert torch.equal(logits[:, : pipe.vocabulary.codebook_size].argmax(-1), codes)
+        assert torch.equal(pipe(prompts, scale=3, do_sample=False, output_type="pt").codes, drawn)
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def test_windows_draw_the_same_images(pipe, picture):
+    """Prompts of different lengths, with and without images, each for several images, at each one's own pace."""
+    prompts, images = ["a red circle", "three small dogs on a long white boat", "like this"], [None, None, [picture]]
+    options = {"images": images, "scale": 3, "image_scale": 3, "num_images_per_prompt": 2}
+    guided = {"prompt_guidance_scale": 2.0}
+    for more in ({}, {"do_sample": False}, {"temperature": 0.5, "top_p": 0.8}, {"self_reflect": 2}, guided):
+        one_by_one = pipe(prompts, generator=seeds(*range(6)), **options, **more)
+        calls = []
+        windows = pipe(
+            prompts,
+            generator=seeds(*range(6)),
+            jacobi_window=8,
+            callback=lambda *call, calls=calls: calls.append(call),
+            **options,
+            **more,
+        )
+        assert torch.equal(windows.codes, one_by_one.codes)
+        assert [image.tobytes() for image in windows.images] == [image.tobytes() for image in one_by_one.images]
+        ends = {stage: (done, total) for stage, done, total in calls}
+        assert ends == {"encode": (1, 1), "codes": (81, 81), "pixels": (16, 16)}
+
+
+def test_guidance_leads_away_from_the_empty_request(pipe, picture):
+    """Each code is the best of both expectations, by prompts of different lengths, for several images each."""
+    prompts = ["a red circle", "three small dogs on a long white boat", "like <image>"]
+    images = [None, None, [picture]]
+    options = {"images": images, "scale": 3, "image_scale": 3, "do_sample": False, "num_images_per_prompt": 2}
+    plain = pipe(prompts, **options).codes
+    assert torch.equal(pipe(prompts, prompt_guidance_scale=1, **options).codes, plain)
+    guided = pipe(prompts, prompt_guidance_scale=3.0, **options).codes
+    assert torch.equal(guided[::2], guided[1::2]) and not torch.equal(guided, plain)
+    asked = pipe.code_logits(prompts, guided[::2], images=images, scale=3, image_scale=3)
+    given = [[], [], pipe.encode(picture, scale=3)]
+    rows = [*pipe._drawing_rows(prompts, given, 3), *pipe._drawing_rows([""], [[]], 3)]
+    for codes, ours, row in zip(guided[::2], asked, rows, strict=False):
+        both = []
+        for ids in (row, rows[-1]):
+            whole = torch.tensor([[*ids, *pipe.vocabulary.codes_to_ids(codes).tolist()]])
+            logits = pipe.model(whole).logits[0, len(ids) - 1 : -1, pipe.vocabulary.first_code_id :]
+            both.append(logits[:, : pipe.vocabulary.codebook_size])
+        torch.testing.assert_close(both[0], ours, atol=1e-4, rtol=1e-4)
+        assert torch.equal((both[1] + 3.0 * (both[0] - both[1])).argmax(-1), codes)
+
+
+def test_a_guided_image_does_not_depend_on_those_beside_it(pipe):
+    options = {"scale": 3, "prompt_guidance_scale": 1.5, "output_type": "pt"}
+    both = pipe(["a cat", "three small dogs on a boat"], generator=seeds(1, 2), **options)
+    alone = pipe("three small dogs on a boat", generator=seeds(2), **options)
+    assert torch.equal(alone.codes[0], both.codes[1])
+    torch.testing.assert_close(alone.images[0], both.images[1], atol=1e-4, rtol=0)  # sums of another batch round apart
+
+
+def test_guidance_is_the_models_own_unless_said_otherwise(pipe):
+    plain = pipe("a dog", scale=3, generator=seeds(2)).codes
+    guided = pipe("a dog", scale=3, prompt_guidance_scale=4.0, generator=seeds(2)).codes
+    assert pipe.default_prompt_guidance_scale == 1 and not torch.equal(plain, guided)
+    pipe.model.generation_config.prompt_guidance_scale = 4.0
+    try:
+        assert torch.equal(pipe("a dog", scale=3, generator=seeds(2)).codes, guided)
+        assert torch.equal(pipe("a dog", scale=3, prompt_guidance_scale=1, generator=seeds(2)).codes, plain)
+        pipe.generate_text("Hello", max_new_tokens=2)
+    finally:
+        del pipe.model.generation_config.prompt_guidance_scale
