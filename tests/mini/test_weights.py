@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import pipeline
 
 import tar_hf.mini
 from tar_hf import TarDiffusionDeTokPipeline, TarPipeline
-from tar_hf.mini import tar_mini_folder
+from tar_hf.mini import scorer, shipped_folder, tar_mini_folder, world
 from tar_hf.mini.evaluate import evaluate
 from tar_hf.pipelines.tar_repository import PARTS_FILE
 
@@ -69,7 +70,7 @@ def test_what_this_copy_of_the_package_has():
 def test_its_code_is_the_packages():
     """Links, of which a copy of the package may make copies."""
     package = tar_hf.mini.WEIGHTS.parents[1]
-    for file in (tar_hf.mini.WEIGHTS / "tar-mini").rglob("*.py"):
+    for file in tar_hf.mini.WEIGHTS.rglob("*.py"):
         (own,) = (found for found in package.rglob(file.name) if tar_hf.mini.WEIGHTS not in found.parents)
         assert file.read_bytes() == own.read_bytes(), file
 
@@ -80,6 +81,21 @@ def test_pictures_follow_prompts_and_answers_are_right():
     """On held-out prompts and scenes; the bounds are about three standard errors below docs/tar-mini.md."""
     scores = evaluate(TarPipeline.from_pretrained("tar-mini"), count=16, seed=7)["scores"]
     assert {name: scores[name] for name, least in LEAST.items() if scores[name] < least} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHIPPED, reason="this copy of the package has no weights")
+def test_the_diffusion_detokenizer_draws_what_codes_show():
+    """As `reconstruction` in docs/tar-mini.md, three standard errors below; and it is as small as it has to be."""
+    files = [file for file in shipped_folder("tar-mini-diffusion").rglob("*") if file.suffix not in ("", ".py")]
+    assert sum(file.stat().st_size for file in files) <= 20e6
+    pipe = TarPipeline.from_pretrained("tar-mini", detokenizer="tar-mini-diffusion")
+    pipe.detokenizer.set_progress_bar_config(disable=True)
+    scenes = list(islice(world.scenes("test", 7), 24))
+    generators = [torch.Generator().manual_seed(i) for i in range(len(scenes))]
+    pictures = pipe.reconstruct([world.render(scene) for scene in scenes], generator=generators)
+    shown = [scorer.same_places(*pair) for pair in zip(scenes, map(scorer.read_scene, pictures), strict=True)]
+    assert sum(shown) / len(shown) > 0.5
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The diffusion de-tokenizer: equal to the original, and what it promises beyond."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -442,6 +443,8 @@ class TestComponents:
         drawn = draw(placed, features[3], guidance_scale=2)
         assert drawn.equal(draw(pipe, given, guidance_scale=2)) and not drawn.equal(draw(pipe, features[3]))
         placed.save_pretrained(tmp_path)
+        for file in tmp_path.rglob("*.json"):
+            assert "_name_or_path" not in json.loads(file.read_text()), "a place on this machine"
         again = TarDiffusionDeTokPipeline.from_pretrained(tmp_path)
         again.set_progress_bar_config(disable=True)
         assert again.config.condition_positions == 0.5 and draw(again, features[3], guidance_scale=2).equal(drawn)

@@ -376,8 +376,13 @@ class TarDiffusionDeTokPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         return self(features=features, generator=generator, output_type="pt", return_dict=False, **kwargs)[0]
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """Writes `model_index.json` and, beside it and in the folders of the components, the code that it names."""
+        """Writes `model_index.json` and, beside it and in the folders of the components, the code that it names. The
+        configurations of the components lose where on this machine they were loaded from."""
         folder = Path(save_directory)
+        for file in folder.glob("*/config.json"):
+            config = json.loads(file.read_text(encoding="utf-8"))
+            if config.pop("_name_or_path", None) is not None:
+                file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for module, target in [(type(self).__module__, folder), *((m, folder / n) for n, m in self._code().items())]:
             target.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(sys.modules[module].__file__, target / f"{_file_name(module)}.py")

@@ -1,0 +1,1 @@
+../../../pipelines/pipeline_tar_diffusion_detok.py
