@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tar_hf.cli.model import check_model, load_model, model_settings
-from tar_hf.cli.options import DETOKENIZER_HELP, add_model_options, count, guidance, seed
+from tar_hf.cli.options import add_choosing_options, add_detokenizer_option, add_model_options, count, seed
 from tar_hf.cli.progress import progress
 
 
@@ -21,28 +21,11 @@ def add_parser(commands):
         "Prints the scores with their standard errors; -o keeps them, with pictures over their prompts.",
     )
     add_model_options(parser)
-    parser.add_argument("--detokenizer", metavar="REPO", help=DETOKENIZER_HELP)
+    add_detokenizer_option(parser)
     parser.add_argument("--count", type=count, default=50, metavar="N", help="prompts of each measure; default 50")
     parser.add_argument("--seed", type=seed, default=0, help="of what is asked and drawn; default 0")
     parser.add_argument("--scale", type=int, choices=(1, 2, 3), default=1, help="of all codes; default 1")
-    parser.add_argument(
-        "--self-reflect",
-        type=count,
-        metavar="N",
-        help="candidates that the model chooses from; default: as the model says, 1 is off",
-    )
-    parser.add_argument(
-        "--self-reflect-pictures",
-        type=count,
-        metavar="N",
-        help="up to so many of them, the best, are judged by their pictures too; default: as the model says, 1 is off",
-    )
-    parser.add_argument(
-        "--prompt-guidance-scale",
-        type=guidance,
-        metavar="G",
-        help="of the language model; default: as the model says, 1 is off",
-    )
+    add_choosing_options(parser)
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default test")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="DIR", help="folder to make, for scores.json, scores.md and samples.png"

@@ -5,12 +5,12 @@ from pathlib import Path
 from tar_hf.cli.inputs import check_pictures, check_prompts, read_prompts
 from tar_hf.cli.model import check_model, load_model, model_settings
 from tar_hf.cli.options import (
+    add_choosing_options,
     add_drawing_options,
     add_file_output,
     add_model_options,
     add_scale_option,
     count,
-    guidance,
     limit,
     positive,
     share,
@@ -41,24 +41,7 @@ def add_parser(commands):
     parser.add_argument("--temperature", type=positive, default=1.0, metavar="T", help="of the codes; default 1")
     parser.add_argument("--top-p", type=share, default=0.95, metavar="P", help="1 is no limit; default 0.95")
     parser.add_argument("--top-k", type=limit, default=1200, metavar="K", help="0 is no limit; default 1200")
-    parser.add_argument(
-        "--prompt-guidance-scale",
-        type=guidance,
-        metavar="G",
-        help="of the language model, which has to be trained for it; 1 is off; default: as the model says",
-    )
-    parser.add_argument(
-        "--self-reflect",
-        type=count,
-        metavar="N",
-        help="draw N candidates each, and keep what the model finds best; default: as the model says, 1 is off",
-    )
-    parser.add_argument(
-        "--self-reflect-pictures",
-        type=count,
-        metavar="N",
-        help="up to so many of them, the best, are judged by their pictures too; default: as the model says, 1 is off",
-    )
+    add_choosing_options(parser)
     parser.add_argument(
         "--jacobi-window",
         type=count,

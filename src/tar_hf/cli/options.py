@@ -4,10 +4,6 @@ import argparse
 import math
 from pathlib import Path
 
-DETOKENIZER_HELP = (
-    "folder or Hub id, instead of the model's own; tar-mini-diffusion is the diffusion one of tar-mini, in the package"
-)
-
 
 def add_model_options(parser):
     parser.add_argument(
@@ -22,13 +18,44 @@ def add_model_options(parser):
 
 def add_drawing_options(parser):
     """What turning codes into pixels takes."""
-    parser.add_argument("--detokenizer", metavar="REPO", help=DETOKENIZER_HELP)
+    add_detokenizer_option(parser)
     parser.add_argument("--seed", type=seed, default=0, help="of the first image, one more for each after; default 0")
     parser.add_argument(
         "--guidance-scale",
         type=positive,
         metavar="G",
         help="of the de-tokenizer; 1 is off; default: its own, 4 for the published ones",
+    )
+
+
+def add_detokenizer_option(parser):
+    parser.add_argument(
+        "--detokenizer",
+        metavar="REPO",
+        help="folder or Hub id, instead of the model's own; tar-mini-diffusion is the diffusion one of tar-mini, in "
+        "the package",
+    )
+
+
+def add_choosing_options(parser):
+    """How the language model is guided, and chooses among what it draws."""
+    parser.add_argument(
+        "--prompt-guidance-scale",
+        type=guidance,
+        metavar="G",
+        help="of the language model, which has to be trained for it; 1 is off; default: as the model says",
+    )
+    parser.add_argument(
+        "--self-reflect",
+        type=count,
+        metavar="N",
+        help="draw N candidates each, and keep what the model finds best; default: as the model says, 1 is off",
+    )
+    parser.add_argument(
+        "--self-reflect-pictures",
+        type=count,
+        metavar="N",
+        help="up to so many of them, the best, are judged by their pictures too; default: as the model says, 1 is off",
     )
 
 

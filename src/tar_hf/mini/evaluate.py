@@ -110,16 +110,13 @@ def evaluate(
         raise ValueError(f"count must be a positive number, got {count}")
     start = time.perf_counter()
     right, samples = {}, []
-    drawing = {
-        "scale": scale,
-        "self_reflect": pipe.default_self_reflect if self_reflect is None else self_reflect,
-        "self_reflect_pictures": (
-            pipe.default_self_reflect_pictures if self_reflect_pictures is None else self_reflect_pictures
-        ),
-        "prompt_guidance_scale": (
-            pipe.default_prompt_guidance_scale if prompt_guidance_scale is None else prompt_guidance_scale
-        ),
+    asked = {
+        "self_reflect": self_reflect,
+        "self_reflect_pictures": self_reflect_pictures,
+        "prompt_guidance_scale": prompt_guidance_scale,
     }
+    own = {name: getattr(pipe, f"default_{name}") if value is None else value for name, value in asked.items()}
+    drawing = {"scale": scale, **own}
     for measure, tasks in _tasks(split, seed, count):
         drawn = _draw(pipe, measure, tasks, seed, drawing, callback)
         right[measure] = [sample.right for sample in drawn]

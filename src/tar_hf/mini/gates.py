@@ -258,13 +258,13 @@ def probe_ta_tok(output: Path, recipe: MiniRecipe) -> dict[str, float]:
 
 def probe_codes(output: Path, recipe: MiniRecipe) -> dict[str, float]:
     """Rows that pre-tokenisation left out, or that are not there."""
-    rows = sum(pq.read_metadata(file).num_rows for file in (output / "codes").glob("*/part-*.parquet"))
+    rows = _rows((output / "codes").glob("*/part-*.parquet"))
     return {"missing_rows": recipe.conversations + recipe.pictures - rows, "rows": rows}
 
 
 def probe_latents(output: Path, recipe: MiniRecipe) -> dict[str, float]:
     """As `probe_codes`, for the diffusion de-tokenizer's rows."""
-    rows = sum(pq.read_metadata(file).num_rows for file in (output / "latents").glob("part-*.parquet"))
+    rows = _rows((output / "latents").glob("part-*.parquet"))
     return {"missing_rows": recipe.pictures - rows, "rows": rows}
 
 
@@ -298,7 +298,7 @@ def probe_llm(output: Path, recipe: MiniRecipe, stage: str = "llm") -> dict[str,
 
 def probe_drawings(output: Path, recipe: MiniRecipe) -> dict[str, float]:
     """The share of the drawings that are right: each gives a row, and each right one another."""
-    rows = sum(pq.read_metadata(file).num_rows for file in (output / "drawings").glob("*.parquet"))
+    rows = _rows((output / "drawings").glob("*.parquet"))
     return {"right": rows / recipe.drawings - 1}
 
 
@@ -429,6 +429,11 @@ def _redrawn(output, recipe, detokenizer):
         generators = [torch.Generator().manual_seed(seed.getrandbits(63)) for seed in seeds]
         right += _in_place(scenes, detokenizer.detokenize(ta_tok.decode(codes), generator=generators))
     return {"reconstruction": _share(right)}
+
+
+def _rows(files) -> int:
+    """How many there are in parquet files."""
+    return sum(pq.read_metadata(file).num_rows for file in files)
 
 
 def _megabytes(folder):

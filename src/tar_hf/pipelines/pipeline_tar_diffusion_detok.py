@@ -323,13 +323,16 @@ class TarDiffusionDeTokPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         draws_noise = "generator" in inspect.signature(scheduler.step).parameters
         step_options = {"generator": generators} if draws_noise else {}
 
+        def place(features):
+            return add_places(features, self.config.condition_positions, self.transformer.config)
+
         # Denoise.
+        placed = place(features)
         with self.progress_bar(total=self.num_timesteps) as progress_bar:
             for i, t in enumerate(scheduler.timesteps):
                 if self.interrupt:
                     break
                 guided = self.do_classifier_free_guidance
-                placed = add_places(features, self.config.condition_positions, self.transformer.config)
                 condition, mask = _join(negative_features, placed) if guided else (placed, None)
                 noisy = torch.cat([latents, latents]) if guided else latents
                 prediction = self.transformer(
@@ -350,6 +353,7 @@ class TarDiffusionDeTokPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                     chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     tensors.update(callback_on_step_end(self, i, t, chosen) or {})
                     latents, features, negative_features = (tensors[name] for name in self._callback_tensor_inputs)
+                    placed = place(features)
                 progress_bar.update()
 
         # Decode.
