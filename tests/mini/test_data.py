@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tar_hf.mini import data, scorer, world
-from tar_hf.pipelines.tar_prompts import MATCHES
+from tar_hf.pipelines.tar_prompts import MATCHES, VARIATION
 from tar_hf.training.recipe import SourceRecipe
 from tar_hf.training.rows import read_images, read_row
 from tar_hf.training.sources import open_source
@@ -44,7 +44,7 @@ def test_conversations_are_of_five_kinds_in_proportion():
     kinds = Counter()
     for row in islice(data.conversations("train"), 1350):
         question, answer = turns_of(row)[0]
-        kinds["<image>" in question, "<image>" in answer, question == world.SIMILAR] += 1
+        kinds["<image>" in question, "<image>" in answer, question == VARIATION] += 1
     names = {
         (False, True, False): "text_to_image",
         (True, False, False): "image_to_text",
@@ -87,7 +87,7 @@ def test_answers_to_pictures_are_about_them():
         turns = turns_of(row)
         assert all(world.split_of(world.scene_key(scene)) == "test" for scene in row["image"])
         (question, answer), *_ = turns
-        if question == world.SIMILAR:
+        if question == VARIATION:
             assert scorer.same_things(*row["image"])
         elif "but" in question and answer == "<image>":
             assert {thing.color for thing in row["image"][1].things} == {question.split()[-1]}
@@ -178,7 +178,7 @@ def is_named(thing, name):
 
 def is_made_of(drawn, given, question):
     """Whether a picture is what a prompt with another asks for, read from its words."""
-    if world.SIMILAR in question:
+    if VARIATION in question:
         return drawn.contents == given.contents
     if " but " in question:
         return drawn == world.recolor(given, question.split(" but ")[1].split("?")[0])

@@ -16,6 +16,7 @@ from tar_hf.contact_sheet import make_tile
 from tar_hf.mini import scorer, world
 from tar_hf.mini.evaluate import QUESTION_KINDS, TARGETS, evaluate, missed
 from tar_hf.mini.report import flat, table, write_report
+from tar_hf.pipelines.tar_prompts import VARIATION
 from tar_hf.pipelines.tar_sampling import Interrupted
 
 
@@ -40,7 +41,7 @@ class Knowing:
         if image is None:
             return world.render(world.fulfil(self.wishes[prompt], draw))
         scene = scorer.read_scene(image)
-        if prompt == world.SIMILAR:
+        if prompt == VARIATION:
             return world.render(world.similar(scene, draw))
         if prompt.startswith("<image> but "):
             return world.render(world.recolor(scene, prompt.split()[-1]))

@@ -8,6 +8,7 @@ import pytest
 from tar_hf.mini import rewards, scorer, world
 from tar_hf.mini.rewards import KINDS, drawing_tasks, reward
 from tar_hf.mini.world import Scene, Thing
+from tar_hf.pipelines.tar_prompts import VARIATION
 
 CIRCLE = Thing("circle", "red", 24, 30, 30)
 SQUARE = Thing("square", "blue", 24, 70, 70)
@@ -61,7 +62,7 @@ def test_every_kind_comes_as_often_as_it_should_and_the_same_again():
 def kind_of(task):
     if task.images is None:
         return wish_of(task).kind
-    return "similar" if task.prompt == world.SIMILAR else "recolor" if " but " in task.prompt else "beside"
+    return "similar" if task.prompt == VARIATION else "recolor" if " but " in task.prompt else "beside"
 
 
 def wish_of(task):
@@ -83,7 +84,7 @@ def test_what_a_task_asks_for_is_worth_all_and_something_else_is_not():
             if task.images is None:
                 wish = wish_of(task)
                 right = next(s for _, w, s in world.samples("train", 0, wish.kind) if scorer.fulfils(s, wish))
-            elif task.prompt == world.SIMILAR:
+            elif task.prompt == VARIATION:
                 right = scorer.read_scene(task.images[0])
             elif " but " in task.prompt:
                 right = world.recolor(scorer.read_scene(task.images[0]), task.prompt.split()[-1])

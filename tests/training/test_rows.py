@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from tar_hf import TATokImageProcessor
-from tar_hf.training.rows import DESCRIBE, BadRow, open_image, read_images, read_row, square_pixels
+from tar_hf.pipelines.tar_prompts import DESCRIBE
+from tar_hf.training.rows import BadRow, open_image, read_images, read_row, square_pixels
 
 TALK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
 TEXT = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hello!"}]

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from tar_hf.mini import scorer, world
 from tar_hf.mini.world import CANVAS, COLORS, RELATIONS, SHAPES, Scene
-from tar_hf.pipelines.tar_prompts import MATCHES
+from tar_hf.pipelines.tar_prompts import MATCHES, VARIATION
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 REGION = pa.struct([("text", pa.string()), ("box", pa.list_(pa.float32()))])
@@ -178,7 +178,7 @@ def _claim_of_two(draw, samples, scenes):
     right = draw.random() < 0.5
     maker = _image_to_image if draw.random() < 0.5 else _text_image_to_image
     (given, drawn), prompt, _ = maker(draw, samples, scenes)
-    if not right and prompt == world.SIMILAR:
+    if not right and prompt == VARIATION:
         given = world.changed(given, draw)
     elif not right:
         prompt = _other_prompt(prompt, given, drawn, draw)
@@ -211,7 +211,7 @@ def _text_to_text(draw, samples, scenes):
 
 def _image_to_image(draw, samples, scenes):
     scene = next(scenes)
-    return [scene, world.similar(scene, draw)], world.SIMILAR, "<image>"
+    return [scene, world.similar(scene, draw)], VARIATION, "<image>"
 
 
 def _text_image_to_image(draw, samples, scenes):

@@ -18,6 +18,7 @@ from PIL import Image
 from tar_hf._version import __version__
 from tar_hf.mini import scorer, world
 from tar_hf.mini.world import Scene, Wish
+from tar_hf.pipelines.tar_prompts import VARIATION
 from tar_hf.pipelines.tar_sampling import Callback, report
 
 # What the shipped system has to reach.
@@ -149,7 +150,7 @@ def _tasks(split, seed, count):
         yield kind, [_asking_for(prompt, wish) for prompt, wish, _ in asked]
     scenes = list(islice(world.scenes(split, seed + 1), count))
     draw = random.Random(f"evaluate/{split}/{seed}")
-    yield "image_to_image", [Task(world.SIMILAR, _shows_the_things_of(scene), scene) for scene in scenes]
+    yield "image_to_image", [Task(VARIATION, _shows_the_things_of(scene), scene) for scene in scenes]
     yield "recolor", [_recoloring(scene, draw.choice(list(world.COLORS))) for scene in scenes]
     yield "beside", list(islice(_adding(split, seed, draw), count))
     yield "reconstruction", [Task(None, _looks_like(scene), scene) for scene in scenes]

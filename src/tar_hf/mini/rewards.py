@@ -9,6 +9,7 @@ from PIL import Image
 
 from tar_hf.mini import scorer, world
 from tar_hf.mini.world import Scene
+from tar_hf.pipelines.tar_prompts import VARIATION
 from tar_hf.training.reward import DrawingTask
 
 # How often each is drawn: more of what takes longer to learn.
@@ -89,7 +90,7 @@ def _fulfils(wish, shown):
 
 def _similar(scene: Scene, draw) -> DrawingTask:
     is_right = partial(scorer.same_things, scene)
-    return DrawingTask(world.SIMILAR, partial(reward, _things(scene), None, is_right), [world.render(scene)])
+    return DrawingTask(VARIATION, partial(reward, _things(scene), None, is_right), [world.render(scene)])
 
 
 def _recolor(scene: Scene, draw) -> DrawingTask:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
 
+from tar_hf.pipelines.tar_prompts import DESCRIBE
+
 CANVAS = 96
 SIZES = (18, 36)
 GAP, BORDER = 4, 2
@@ -246,7 +248,6 @@ def describe(scene: Scene) -> str:
     return phrase(wish)
 
 
-DESCRIBE = "Describe the image shortly."
 COUNT = "How many objects are there?"
 COLOR = "What color is the {}?"
 PRESENCE = "Is there {}?"
@@ -355,7 +356,6 @@ def _can_be_said(wish):
 # Image to image
 
 
-SIMILAR = "Generate an image similar to <image>"
 RECOLOR = "<image> but {}"
 BESIDE = "{} {} <image>"
 

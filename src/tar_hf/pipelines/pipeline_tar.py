@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 
 from .tar_drawing import check_jacobi, code_warpers, draw_codes, visual_logits
 from .tar_prompts import IMAGE, SYSTEM, as_lists, check_prompts, check_text, user_turns
-from .tar_reflection import match_logits
+from .tar_reflection import Judge
 from .tar_repository import PARTS_FILE, RepoFolder, local_folder, named_model, write_pipeline_code
 from .tar_sampling import Callback, TextOnly, Watch, known_options, make_generators, report, watch_pixels
 
@@ -489,8 +489,9 @@ class TarPipeline:
                 that it would draw on an empty request, which it has to have learnt (`prompt_dropout` in training); 1
                 turns it off, and by default it is as `default_prompt_guidance_scale` says. Twice the rows a step.
             self_reflect (`int`, *optional*): Draws so many candidates for each image, lets the language model judge
-                them by their codes, and only turns the best into pixels: the paper's self-reflection. 1 turns it off,
-                and by default it is as `default_self_reflect` says.
+                them by their codes, and only turns the best into pixels: the paper's self-reflection. A variation
+                ("Generate an image similar to <image>") is judged by whether the model would describe it as it does
+                the given image. 1 turns it off, and by default it is as `default_self_reflect` says.
             self_reflect_pictures (`int`, *optional*): Turns up to so many candidates, the best by their codes, into
                 pixels, reads them again and judges what it reads too: codes that are meant for one shape may come out
                 as another. Takes TA-Tok's encoder. 1 turns it off, and by default it is as
@@ -540,8 +541,8 @@ class TarPipeline:
             return TarPipelineOutput(images=_output(pixels, output_type), codes=codes)
 
         codes = codes.unflatten(0, (len(generators), candidates))
-        requests = [request for request in zip(prompts, given, strict=True) for _ in range(num_images_per_prompt)]
-        logits = match_logits(self, requests, codes)
+        judge = Judge(self, list(zip(prompts, given, strict=True)), callback)
+        logits = judge(codes)
         best = logits.argsort(dim=-1, descending=True, stable=True)[:, :pictures]
         codes = codes.gather(1, best[..., None].expand(-1, -1, tokens))
         generators = [own for generator in generators for own in make_generators(generator, codes.shape[1])]
@@ -549,7 +550,7 @@ class TarPipeline:
         picture_scores = None
         if codes.shape[1] > 1:
             read = self._encode(self._pixel_values(_output(pixels, "pil")), scale, callback)
-            picture_logits = match_logits(self, requests, read.view_as(codes).cpu())
+            picture_logits = judge(read.view_as(codes).cpu())
             picture_scores = torch.full_like(logits, torch.nan).scatter(1, best, picture_logits.sigmoid())
             chosen = (logits.gather(1, best) + picture_logits).argmax(-1)
             rows = torch.arange(len(codes))

@@ -7,6 +7,8 @@ import re
 
 SYSTEM = "You are a helpful assistant."
 IMAGE = "<image>"
+DESCRIBE = "Describe the image shortly."
+VARIATION = "Generate an image similar to <image>"
 MATCHES = "Does this image match the description: {}? Answer yes or no."  # what a drawn image is judged by
 VISUAL_TEXT = re.compile(r"<I\d+>|<im_start>|<im_end>")
 

@@ -4,35 +4,81 @@ This file travels with `pipeline_tar.py` into repositories, so it imports nothin
 """
 
 import torch
+from torch.nn.functional import cross_entropy
 
-from .tar_prompts import IMAGE, MATCHES, user_turns
+from .tar_prompts import DESCRIBE, IMAGE, MATCHES, VARIATION, user_turns
 
 Request = tuple[str, list[torch.LongTensor]]  # a prompt, and the codes (N,) of its images
+DESCRIPTION_TOKENS = 64  # of a description at most
 
 
-@torch.no_grad()
-def match_logits(pipe, requests: list[Request], codes: torch.LongTensor) -> torch.FloatTensor:
+class Judge:
     """
-    How much likelier the model says yes than no to each candidate.
+    How well drawings match what they were drawn for.
+
+    The language model is asked whether a drawing matches its prompt. For a variation of an image (`VARIATION`) it
+    describes that image once, and the drawings are judged by how likely it would say the same of each: what two images
+    have in common is easier to say of one after the other than to see in both at once.
 
     Args:
         pipe (`TarPipeline`): The system.
-        requests (`list[Request]`): What each image was drawn for. The judge sees a request's own images where its
-            prompt has them.
-        codes (`torch.LongTensor` of shape `(images, candidates, N)`): What was drawn.
-
-    Returns:
-        `torch.FloatTensor` of shape `(images, candidates)`: log-odds, in float32.
+        requests (`list[Request]`): What was asked for. The judge sees a request's own images where its prompt has them.
+        callback (*optional*): Sees the descriptions being written, see `TarPipeline`.
     """
-    answers = [_first_tokens(pipe.tokenizer, words) for words in (("yes", "Yes"), ("no", "No"))]
-    logits = []
-    for (prompt, given), drawn in zip(requests, codes, strict=True):
+
+    def __init__(self, pipe, requests: list[Request], callback=None):
+        self.pipe = pipe
+        self.requests = requests
+        self.answers = [_first_tokens(pipe.tokenizer, words) for words in (("yes", "Yes"), ("no", "No"))]
+        variations = {i: given for i, (prompt, given) in enumerate(requests) if prompt == VARIATION}
+        described = self._describe(variations.values(), callback) if variations else []
+        self.descriptions = dict(zip(variations, described, strict=True))  # by the request
+
+    def __call__(self, codes: torch.LongTensor) -> torch.FloatTensor:
+        """
+        Args:
+            codes (`torch.LongTensor` of shape `(requests * copies, candidates, N)`): What was drawn, the copies of a
+                request side by side.
+
+        Returns:
+            `torch.FloatTensor` of shape `(requests * copies, candidates)`: log-odds of a match, in float32.
+        """
+        copies = len(codes) // len(self.requests)
+        return torch.stack([self._log_odds(i // copies, drawn) for i, drawn in enumerate(codes)]).cpu()
+
+    @torch.no_grad()
+    def _log_odds(self, i, drawn):
+        """Of a match with request `i`, for each of the candidates (candidates, N)."""
+        if i in self.descriptions:
+            return self._log_odds_of_saying(self.descriptions[i], drawn)
+        prompt, given = self.requests[i]
         turns = user_turns(f"{IMAGE}\n{MATCHES.format(prompt)}")
-        ids, mask = pipe._pad([pipe._prompt_ids(turns, [row, *given]) for row in drawn])
-        answer = pipe.model(input_ids=ids, attention_mask=mask, logits_to_keep=1).logits[:, -1].float()
-        yes, no = (answer[:, tokens].logsumexp(-1) for tokens in answers)
-        logits.append(yes - no)
-    return torch.stack(logits).cpu()
+        answer = self._logits([self.pipe._prompt_ids(turns, [codes, *given]) for codes in drawn], last=1)[:, 0].float()
+        yes, no = (answer[:, tokens].logsumexp(-1) for tokens in self.answers)
+        return yes - no
+
+    def _log_odds_of_saying(self, description, drawn):
+        """Of the description's token ids, to the end of the answer, for each of the candidates."""
+        logits = self._logits([self._asked_to_describe(codes) + description for codes in drawn], len(description) + 1)
+        targets = torch.tensor(description, device=logits.device)
+        # One after the other: in float32 a large vocabulary's logits are no small thing.
+        surprise = torch.stack([cross_entropy(of[:-1].float(), targets, reduction="sum") for of in logits])
+        return -surprise - torch.log(-torch.expm1(-surprise))
+
+    def _logits(self, rows, last):
+        """Of the last so many places of rows of token ids."""
+        ids, mask = self.pipe._pad(rows)
+        return self.pipe.model(input_ids=ids, attention_mask=mask, logits_to_keep=last).logits
+
+    def _describe(self, images, callback):
+        """What the model says of images, each in a list of its own, as token ids."""
+        rows = [self._asked_to_describe(codes) for (codes,) in images]
+        texts = self.pipe._write(rows, DESCRIPTION_TOKENS, do_sample=False, generator=None, callback=callback)
+        tokenizer = self.pipe.tokenizer
+        return [tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for text in texts]
+
+    def _asked_to_describe(self, codes):
+        return self.pipe._prompt_ids(user_turns(f"{IMAGE}\n{DESCRIBE}"), [codes])
 
 
 def _first_tokens(tokenizer, words):

@@ -20,11 +20,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
-from tar_hf.pipelines.tar_prompts import IMAGE
+from tar_hf.pipelines.tar_prompts import DESCRIBE, IMAGE
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TASKS = ("t2i", "i2t", "both")
-DESCRIBE = "Describe the image shortly."
 PICTURES = ("image", "images")
 CODES = "codes_scale{}"
 SCALES = (1, 2, 3)
