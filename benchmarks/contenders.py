@@ -54,7 +54,8 @@ def ta_tok(options):
 def ar_detok(options):
     """The first token behind the condition, each one after it and in the middle, and VQ tokens to pixels."""
     from tar_hf import ARDeTokConfig, ARDeTokForCausalLM
-    from tar_hf.modeling.modeling_ar_detok import decoding_dtype, reserve
+    from tar_hf.modeling.modeling_ar_detok import decoding_dtype
+    from tar_hf.modeling.reserved_cache import reserve
 
     dtype, settings = getattr(torch, options["dtype"]), int8(options)
     if options["grid"]:

@@ -8,7 +8,8 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from tar_hf import ARDeTokConfig, ARDeTokForCausalLM
-from tar_hf.modeling.modeling_ar_detok import RowCache, draw_tokens, jacobi_decode
+from tar_hf.modeling.jacobi_decoding import RowCache, jacobi_decode
+from tar_hf.modeling.seeded_decoding import draw_tokens
 
 TOKENS = 25  # of an image
 

@@ -7,7 +7,7 @@ from transformers.cache_utils import DynamicLayer
 
 from tar_hf import ARDeTokConfig, ARDeTokForCausalLM
 from tar_hf.modeling import modeling_ar_detok
-from tar_hf.modeling.modeling_ar_detok import ReservedLayer, reserve
+from tar_hf.modeling.reserved_cache import ReservedLayer, reserve
 
 ROWS, HEADS, WIDTH = 3, 2, 4
 
@@ -119,7 +119,7 @@ def test_the_image_is_the_one_of_the_stock_cache(monkeypatch):
     condition = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(0))
     options = {"guidance_scale": 2.0, "guidance_interval": 5}
     reserved = model.generate(condition, generator=torch.Generator().manual_seed(1), **options)
-    monkeypatch.setattr("tar_hf.modeling.modeling_ar_detok.reserve", lambda cache, *room: cache)
+    monkeypatch.setattr("tar_hf.modeling.seeded_decoding.reserve", lambda cache, *room: cache)
     stock = model.generate(condition, generator=torch.Generator().manual_seed(1), **options)
     assert torch.equal(reserved, stock)
 

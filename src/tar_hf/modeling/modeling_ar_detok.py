@@ -7,11 +7,10 @@ autoencoder, whose decoder makes the pixels.
 Shapes: B images, N condition tokens (729, 169 or 81), C their width, M image tokens (a square grid), V VQ codes,
 W width of the decoder, H x H pixels.
 
-This file travels with converted checkpoints, so it imports nothing else of the package.
+This file travels with converted checkpoints, so it imports nothing of the package but files beside it.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +22,12 @@ from transformers import (
     GenerationMixin,
     JanusVQVAE,
     JanusVQVAEConfig,
-    LogitsProcessor,
-    MinPLogitsWarper,
     PreTrainedConfig,
     PreTrainedModel,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
 )
 from transformers import initialization as init
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -46,8 +38,9 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-# What looks at a token's scores alone, and at none of the tokens before.
-WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper)
+from .jacobi_decoding import jacobi_decoding
+from .reserved_cache import keep_first_rows
+from .seeded_decoding import draw_uniform, seeded_decoding
 
 FEW_QUERIES = 16  # on CPUs, of a row: up to here attention is computed in float32, whatever the model's type
 
@@ -544,12 +537,14 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
             decoding = seeded_decoding(
                 make_uniform,
                 capacity=condition.shape[1] + num_tokens,
+                cache_dtype=decoding_dtype(self),
                 streamer=kwargs.get("streamer"),
                 synced_gpus=bool(kwargs.get("synced_gpus")),
             )
         else:
             self._check_jacobi(jacobi_window, guidance_interval, generation_config)
-            decoding = jacobi_decoding(jacobi_window, make_uniform, kwargs.get("streamer"))
+            cache_dtype = decoding_dtype(self, jacobi_window)
+            decoding = jacobi_decoding(jacobi_window, make_uniform, cache_dtype, kwargs.get("streamer"))
         return super().generate(
             # To the library the condition is the prompt's embeddings: it only looks at the shape.
             inputs_embeds=condition,
@@ -593,7 +588,7 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
         if 0 <= interval < step - 1:
             guidance_scale = None
             if step == interval + 2:
-                _keep_first_rows(past_key_values, len(input_ids))
+                keep_first_rows(past_key_values, len(input_ids))
         inputs = {"condition": inputs_embeds} if is_first_iteration else {"input_ids": input_ids[:, -1:].contiguous()}
         return {**inputs, "past_key_values": past_key_values, "guidance_scale": guidance_scale, **kwargs}
 
@@ -650,323 +645,6 @@ def nearest_vq_tokens(vqvae: JanusVQVAE, pixels: torch.FloatTensor) -> torch.Lon
     latents = F.normalize(latents.float().flatten(2).mT, dim=-1)
     codebook = F.normalize(vqvae.quantize.embedding.weight.float(), dim=-1)
     return torch.stack([(rows @ codebook.mT).argmax(-1) for rows in latents])
-
-
-class SeededDraw(LogitsProcessor):
-    """Draws each row's token from its processed scores by the uniform number that belongs to the row and the step."""
-
-    def __init__(self, uniform: torch.FloatTensor, start: int = 0):
-        self.uniform = uniform  # (rows, steps)
-        self.start = start  # length of the prompt
-        self.keep_scores = False
-        self.scores = []
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if self.keep_scores:
-            self.scores.append(scores)
-        token = draw_tokens(scores, self.uniform[:, input_ids.shape[1] - self.start])
-        return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
-
-
-def draw_tokens(scores: torch.FloatTensor, uniform: torch.FloatTensor) -> torch.LongTensor:
-    """The token of each row (rows,) that a uniform number (rows,) means by the distribution of its scores (rows, V)."""
-    cumulative = scores.softmax(-1).cumsum(-1)
-    target = uniform[:, None] * cumulative[:, -1:]
-    # `right` finds the first token whose end lies beyond the number, so never one of probability zero.
-    token = torch.searchsorted(cumulative, target, right=True)
-    return torch.where(token < scores.shape[-1], token, scores.argmax(-1, keepdim=True))[:, 0]  # target rounded up
-
-
-def seeded_decoding(
-    make_uniform: Callable[[int, torch.device], torch.FloatTensor], capacity: int | None = None, **loop_options
-) -> Callable:
-    """
-    A `custom_generate` that samples by uniform numbers which belong to the rows, and searches greedily as ever.
-
-    The draw is the last logits processor and leaves one finite score, so that the library's loop, with all its options,
-    only takes the maximum and does not touch the global generator.
-
-    Args:
-        make_uniform (`Callable`): Number of rows and device -> uniform numbers (rows, steps). Called when there is
-            something to sample.
-        capacity (`int`, *optional*): Tokens, with those of the prompt, that the cache gets room for at once.
-        loop_options: `streamer` and `synced_gpus`, which the library forgets when the loop is a callable.
-    """
-
-    def decode(model, input_ids, logits_processor, generation_config, **kwargs):
-        draw = None
-        if generation_config.do_sample:
-            draw = SeededDraw(make_uniform(len(input_ids), input_ids.device), start=input_ids.shape[1])
-            draw.keep_scores = generation_config.return_dict_in_generate and generation_config.output_scores
-            logits_processor.append(draw)
-            generation_config.do_sample = False
-        if capacity is not None:
-            kwargs["past_key_values"] = reserve(kwargs["past_key_values"], capacity, decoding_dtype(model))
-        output = GenerationMixin._sample(
-            model,
-            input_ids,
-            logits_processor=logits_processor,
-            generation_config=generation_config,
-            **loop_options,
-            **kwargs,
-        )
-        if draw is not None and draw.keep_scores:
-            output.scores = tuple(draw.scores)
-        return output
-
-    return decode
-
-
-# Room for all tokens to come
-
-
-class ReservedLayer(DynamicLayer):
-    """A `DynamicLayer` that writes into reserved room, where that one copies all that it holds for every token."""
-
-    def __init__(self, capacity: int, room_dtype: torch.dtype | None = None):
-        super().__init__()
-        self.capacity, self.room_dtype = capacity, room_dtype
-        self.room = None  # keys and values (rows, heads, capacity, D), of which self.keys and self.values are the head
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        held = self.get_seq_length()
-        length = held + key_states.shape[-2]
-        if not self._in_room(length):
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-            self.capacity = max(self.capacity, length)
-            self.room = [
-                t.new_empty(*t.shape[:2], self.capacity, t.shape[-1], dtype=self.room_dtype)
-                for t in (key_states, value_states)
-            ]
-            if held:
-                for room, t in zip(self.room, (self.keys, self.values), strict=True):
-                    room[:, :, :held] = t
-        for room, t in zip(self.room, (key_states, value_states), strict=True):
-            room[:, :, held:length] = t
-        self.keys, self.values = (room[:, :, :length] for room in self.room)
-        return self.keys, self.values
-
-    def _in_room(self, length):
-        """Whether what is held still lies at the head of the room: the library may have chosen or repeated rows."""
-        return (
-            self.room is not None
-            and length <= self.capacity
-            and self.is_initialized
-            and all(
-                t.data_ptr() == room.data_ptr() for t, room in zip((self.keys, self.values), self.room, strict=True)
-            )
-            and len(self.keys) == len(self.room[0])
-        )
-
-
-def reserve(cache: Cache, capacity: int, dtype: torch.dtype | None = None) -> Cache:
-    """
-    The cache, which then writes in place up to `capacity` tokens; another than the default one as it is.
-
-    With a `dtype` it holds keys and values in that, for a model that attends in another type than its own.
-    """
-    if type(cache) is DynamicCache and not cache.offloading:
-        for i, layer in enumerate(cache.layers):
-            if type(layer) is DynamicLayer:
-                cache.layers[i] = reserved = ReservedLayer(capacity, dtype)
-                if layer.is_initialized:
-                    reserved.lazy_initialization(layer.keys, layer.values)
-                    reserved.keys, reserved.values = layer.keys, layer.values
-    return cache
-
-
-# Jacobi decoding: several tokens a step
-
-
-class RowLayer(CacheLayerMixin):
-    """Keys and values (rows, heads, capacity, D) of rows that write at places of their own."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
-        super().__init__()
-        self.keys, self.values, self.is_initialized = keys, values, True
-        self.places, self.length = None, keys.shape[2]
-
-    def lazy_initialization(self, key_states, value_states):
-        pass
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        index = self.places[:, None, :, None].expand_as(key_states)
-        self.keys.scatter_(2, index, key_states.to(self.keys.dtype))
-        self.values.scatter_(2, index, value_states.to(self.values.dtype))
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-    def get_mask_sizes(self, query_length):
-        return self.length, 0
-
-    def get_seq_length(self):
-        return self.length
-
-    def get_max_length(self):
-        return self.keys.shape[2]
-
-
-class RowCache(Cache):
-    """
-    A cache for windows of tokens, which begin at another place in each row and are written anew until they are right.
-
-    Args:
-        cache (`DynamicCache`): What the prompts have left there.
-        extra (`int`): Places to add behind.
-        mask (`torch.Tensor` of shape `(rows, prompt)`, *optional*): 0 where a prompt is padded.
-        dtype (`torch.dtype`, *optional*): Of what it holds, as in `reserve`.
-    """
-
-    def __init__(
-        self,
-        cache: DynamicCache,
-        extra: int,
-        mask: torch.Tensor | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        if any(type(layer) is not DynamicLayer for layer in cache.layers):
-            raise ValueError("jacobi_window needs a model whose every layer attends to everything before")
-        room = (0, 0, 0, extra)
-        super().__init__(
-            [RowLayer(*(F.pad(t.to(dtype or t.dtype), room) for t in (x.keys, x.values))) for x in cache.layers]
-        )
-        rows, _, capacity, _ = self.layers[0].keys.shape
-        self.index = torch.arange(capacity, device=self.layers[0].keys.device)
-        self.shown = torch.ones(rows, capacity, dtype=torch.bool, device=self.index.device)
-        if mask is not None:
-            self.shown[:, : mask.shape[1]] = mask.bool()
-
-    def move(self, places: torch.LongTensor, length: int) -> torch.Tensor:
-        """The next tokens go to `places` (rows, W), all below `length`. Returns their mask (rows, 1, W, length)."""
-        for layer in self.layers:
-            layer.places, layer.length = places, length
-        seen = (self.index[:length] <= places[..., None]) & self.shown[:, None, :length]
-        keys = self.layers[0].keys
-        return keys.new_zeros(seen.shape).masked_fill_(~seen, torch.finfo(keys.dtype).min)[:, None]
-
-
-def jacobi_decode(
-    logits: torch.FloatTensor,
-    next_logits: Callable[[torch.LongTensor, torch.LongTensor], torch.FloatTensor],
-    choose: Callable[[torch.FloatTensor, torch.LongTensor], torch.LongTensor],
-    num_tokens: int,
-    window: int,
-    on_step: Callable[[torch.LongTensor, int], bool | None] = lambda tokens, known: None,
-) -> torch.LongTensor:
-    """
-    Draws several tokens a step, and the very tokens that are drawn one by one.
-
-    A token is a function of those before it and of its own uniform number. So all tokens of a window are drawn at once
-    behind a guess, and drawn again until the guess is what comes out (Jacobi iteration): those before the first
-    difference, and the one there, are right. Each row goes on at its own pace, by one token a step at least. This is
-    speculative Jacobi decoding (2410.01699), where common random numbers decide what is accepted: that leaves not only
-    the distribution as it is, but the draw. (Rounding differs with the tokens of a step, and may tip a close one.)
-
-    Args:
-        logits (`torch.FloatTensor` of shape `(B, V)`): Of the first token.
-        next_logits (`Callable`): Tokens (B, W) and their columns (B, W), 0 for the first token -> the logits (B, W, V)
-            of the token after each. Columns behind the last token occur; what comes of them is not used.
-        choose (`Callable`): Logits (n, V) and the columns (B, n / B) that they are for -> tokens (n,).
-        num_tokens (`int`): To draw.
-        window (`int`): W, tokens a step.
-        on_step (`Callable`, *optional*): Gets the tokens (B, num_tokens) and how many are right in all rows. True ends.
-
-    Returns:
-        `torch.LongTensor` of shape `(B, num_tokens)`; after an early end only what is right in all rows.
-    """
-    rows = len(logits)
-    tokens = logits.new_zeros(rows, num_tokens + window + 1, dtype=torch.long)
-    every = torch.arange(tokens.shape[1], device=tokens.device)
-    steps = torch.arange(window, device=tokens.device)
-    known = torch.ones(rows, 1, dtype=torch.long, device=tokens.device)
-    tokens[:] = choose(logits, known - 1)[:, None]  # the guess: more of the same
-    least = 1
-    while not on_step(tokens[:, :num_tokens], least) and least < num_tokens:
-        columns = known - 1 + steps
-        guess = tokens.gather(1, columns)
-        drawn = choose(next_logits(guess, columns).flatten(0, 1), columns + 1).view(rows, window)
-        right = (drawn[:, :-1] == guess[:, 1:]).long().cumprod(1).sum(1, keepdim=True)
-        tokens = torch.where(every > columns[:, -1:], drawn[:, -1:], tokens).scatter_(1, columns + 1, drawn)
-        known = (known + 1 + right).clamp(max=num_tokens)
-        least = known.min().item()
-    return tokens[:, :least]
-
-
-def jacobi_decoding(window: int, make_uniform: Callable[[int, torch.device], torch.FloatTensor], streamer=None):
-    """As `seeded_decoding`, with `window` tokens a step: `jacobi_decode` of an `ARDeTokForCausalLM`."""
-
-    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs):
-        condition, guidance = inputs["inputs_embeds"], inputs["guidance"]
-        for processor in logits_processor:
-            if not isinstance(processor, WARPERS):
-                raise ValueError(f"jacobi_window draws tokens in any order, which {type(processor).__name__} forbids")
-        rows, prompt, total = len(input_ids), condition.shape[1], model.config.num_image_tokens
-        guidance_scale = guidance[0] if guidance else None
-        copies = 2 if guidance else 1  # of each row, under guidance
-        uniform = make_uniform(rows, input_ids.device) if generation_config.do_sample else None
-
-        def choose(logits, columns):
-            scores = logits_processor(input_ids, logits.float())
-            if uniform is None:
-                return scores.argmax(-1)
-            return draw_tokens(scores, uniform.gather(1, columns.clamp(max=total - 1)).flatten())
-
-        prefix = DynamicCache(config=model.config)
-        options = {"guidance_scale": guidance_scale}
-        first = model(condition=condition, past_key_values=prefix, use_cache=True, logits_to_keep=1, **options)
-        cache = RowCache(prefix, total + window, dtype=decoding_dtype(model, window))
-
-        def next_logits(tokens, columns):
-            places = (prompt + columns).repeat(copies, 1)
-            mask = cache.move(places, places.max().item() + 1)
-            positions = places.clamp(max=model.config.max_position_embeddings - 1)
-            inputs = {"input_ids": tokens, "past_key_values": cache, "use_cache": True, **options}
-            return model(**inputs, attention_mask=mask, position_ids=positions).logits
-
-        shown = 0
-
-        def on_step(tokens, known):
-            nonlocal shown
-            if streamer is not None:
-                for token in tokens[:, shown:known].cpu().unbind(1):
-                    streamer.put(token)
-            shown = known
-            return bool(stopping_criteria(tokens[:, :known], None).all())
-
-        tokens = jacobi_decode(first.logits[:, -1], next_logits, choose, total, window, on_step)
-        if streamer is not None:
-            streamer.end()
-        if generation_config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=tokens)
-        return tokens
-
-    return decode
-
-
-def _keep_first_rows(cache: Cache, rows: int):
-    """Cuts the cache to its first rows, so that the rest is neither computed nor held any longer."""
-    for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, ReservedLayer, StaticLayer):
-            raise ValueError(f"guidance_interval needs a DynamicCache or a StaticCache, got {type(cache).__name__}")
-        layer.keys, layer.values = layer.keys[:rows].clone(), layer.values[:rows].clone()
-        if isinstance(layer, StaticLayer):
-            layer.batch_size = rows
-            torch._dynamo.mark_static_address(layer.keys)
-            torch._dynamo.mark_static_address(layer.values)
-
-
-def draw_uniform(batch_size, length, generator, device):
-    """Uniform numbers (batch, length), row i from generator i alone; never from the global one, also without any."""
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed()
-    if isinstance(generator, torch.Generator):
-        generators = [generator] * batch_size
-    elif len(generator) == batch_size:
-        generators = generator
-    else:
-        raise ValueError(f"expected one generator or one per sample ({batch_size}), got a list of {len(generator)}")
-    return torch.stack([torch.rand(length, generator=g, device=g.device).to(device) for g in generators])
 
 
 ARDeTokConfig.register_for_auto_class()

@@ -29,10 +29,10 @@ from .tar_repository import PARTS_FILE, RepoFolder, local_folder, named_model, w
 from .tar_sampling import Callback, TextOnly, Watch, known_options, make_generators, report, watch_pixels
 
 try:
-    from tar_hf.modeling.modeling_ar_detok import draw_uniform, seeded_decoding
+    from tar_hf.modeling.seeded_decoding import draw_uniform, seeded_decoding
     from tar_hf.modeling.visual_vocabulary import CODE, IMAGE_END, IMAGE_START, SCALE, VisualVocabulary
 except ImportError:  # in a Hub repository, where the files stand side by side
-    from .modeling_ar_detok import draw_uniform, seeded_decoding
+    from .seeded_decoding import draw_uniform, seeded_decoding
     from .visual_vocabulary import CODE, IMAGE_END, IMAGE_START, SCALE, VisualVocabulary
 
 OUTPUT_TYPES = ("pil", "np", "pt")

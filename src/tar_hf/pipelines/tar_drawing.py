@@ -22,9 +22,13 @@ from transformers import (
 )
 
 try:
-    from tar_hf.modeling.modeling_ar_detok import RowCache, draw_tokens, jacobi_decode, reserve
+    from tar_hf.modeling.jacobi_decoding import RowCache, jacobi_decode
+    from tar_hf.modeling.reserved_cache import reserve
+    from tar_hf.modeling.seeded_decoding import draw_tokens
 except ImportError:  # in a Hub repository, where the files stand side by side
-    from .modeling_ar_detok import RowCache, draw_tokens, jacobi_decode, reserve
+    from .jacobi_decoding import RowCache, jacobi_decode
+    from .reserved_cache import reserve
+    from .seeded_decoding import draw_tokens
 
 # Settings of a model that do more to the logits than the output layer, so that a slice of that layer is not enough.
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")

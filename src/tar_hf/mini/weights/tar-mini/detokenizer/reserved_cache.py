@@ -1,0 +1,1 @@
+../../../../modeling/reserved_cache.py

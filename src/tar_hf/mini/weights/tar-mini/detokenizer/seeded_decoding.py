@@ -1,0 +1,1 @@
+../../../../modeling/seeded_decoding.py

@@ -1,0 +1,1 @@
+../../../modeling/jacobi_decoding.py

@@ -1,0 +1,76 @@
+"""A cache of keys and values that gets room for all tokens to come at once.
+
+This file travels with repositories, so it imports nothing of the package.
+"""
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+
+class ReservedLayer(DynamicLayer):
+    """A `DynamicLayer` that writes into reserved room, where that one copies all that it holds for every token."""
+
+    def __init__(self, capacity: int, room_dtype: torch.dtype | None = None):
+        super().__init__()
+        self.capacity, self.room_dtype = capacity, room_dtype
+        self.room = None  # keys and values (rows, heads, capacity, D), of which self.keys and self.values are the head
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        held = self.get_seq_length()
+        length = held + key_states.shape[-2]
+        if not self._in_room(length):
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            self.capacity = max(self.capacity, length)
+            self.room = [
+                t.new_empty(*t.shape[:2], self.capacity, t.shape[-1], dtype=self.room_dtype)
+                for t in (key_states, value_states)
+            ]
+            if held:
+                for room, t in zip(self.room, (self.keys, self.values), strict=True):
+                    room[:, :, :held] = t
+        for room, t in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, held:length] = t
+        self.keys, self.values = (room[:, :, :length] for room in self.room)
+        return self.keys, self.values
+
+    def _in_room(self, length):
+        """Whether what is held still lies at the head of the room: the library may have chosen or repeated rows."""
+        return (
+            self.room is not None
+            and length <= self.capacity
+            and self.is_initialized
+            and all(
+                t.data_ptr() == room.data_ptr() for t, room in zip((self.keys, self.values), self.room, strict=True)
+            )
+            and len(self.keys) == len(self.room[0])
+        )
+
+
+def reserve(cache: Cache, capacity: int, dtype: torch.dtype | None = None) -> Cache:
+    """
+    The cache, which then writes in place up to `capacity` tokens; another than the default one as it is.
+
+    With a `dtype` it holds keys and values in that, for a model that attends in another type than its own.
+    """
+    if type(cache) is DynamicCache and not cache.offloading:
+        for i, layer in enumerate(cache.layers):
+            if type(layer) is DynamicLayer:
+                cache.layers[i] = reserved = ReservedLayer(capacity, dtype)
+                if layer.is_initialized:
+                    reserved.lazy_initialization(layer.keys, layer.values)
+                    reserved.keys, reserved.values = layer.keys, layer.values
+    return cache
+
+
+def keep_first_rows(cache: Cache, rows: int):
+    """Cuts the cache to its first rows, so that the rest is neither computed nor held any longer."""
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, ReservedLayer, StaticLayer):
+            raise ValueError(f"guidance_interval needs a DynamicCache or a StaticCache, got {type(cache).__name__}")
+        layer.keys, layer.values = layer.keys[:rows].clone(), layer.values[:rows].clone()
+        if isinstance(layer, StaticLayer):
+            layer.batch_size = rows
+            torch._dynamo.mark_static_address(layer.keys)
+            torch._dynamo.mark_static_address(layer.values)
