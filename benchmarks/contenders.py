@@ -52,8 +52,10 @@ def ta_tok(options):
 
 
 def ar_detok(options):
-    """The first token behind the condition, each one after it and in the middle, and VQ tokens to pixels."""
+    """The first token behind the condition, each one after it and in the middle, a step of Jacobi decoding for each of
+    the windows, and VQ tokens to pixels."""
     from tar_hf import ARDeTokConfig, ARDeTokForCausalLM
+    from tar_hf.modeling.jacobi_decoding import RowCache
     from tar_hf.modeling.modeling_ar_detok import decoding_dtype
     from tar_hf.modeling.reserved_cache import reserve
 
@@ -92,8 +94,22 @@ def ar_detok(options):
             model(ids[:, :1], past_key_values=cache, **step)
         cache.crop(-STEPS)
 
+    def window_step(window):
+        prefix = DynamicCache(config=config)
+        model(half, condition, past_key_values=prefix, **step)
+        windows = RowCache(prefix, window, dtype=decoding_dtype(model, window))
+        first = options["tokens"] + half.shape[1]
+        places = torch.arange(first, first + window, device=model.device).repeat(rows, 1)
+        inputs = {"attention_mask": windows.move(places, first + window), "position_ids": places}
+        inputs |= {**step, "past_key_values": windows, "logits_to_keep": 0}  # all of them
+        return lambda: model(ids[:, :window], **inputs)
+
+    windows = {f"window of {window}": window_step(window) for window in options["window"]}
+    floors = {f"window of {w} floor": lambda w=w: products(linears, rows * w) for w in options["window"]}
     cases = timed(
         {
+            **windows,
+            **floors,
             "prefill": lambda: draw(1),
             "prefill floor": lambda: products(linears, rows * options["tokens"]),
             "token floor": lambda: products(linears, rows),

@@ -2,6 +2,7 @@
 
     python benchmarks/stages.py STAGE --folder REPOSITORY [--batch 1 8] [--scale 1 2 3] [--json FILE] [--plot FILE]
     python benchmarks/stages.py ar-detok --folder ar-detok --tokens 729 169 81 --grid 16 32 64
+    python benchmarks/stages.py ar-detok --folder ar-detok --window 4 8 16 32
     python benchmarks/stages.py ar-detok --folder ar-detok --original Tar --original-python venv/bin/python \
         --sources DIR
 
@@ -113,6 +114,7 @@ def run(arguments, setting: dict) -> list[dict]:
         "scale": 1,
         "tokens": 729,
         "grid": None,
+        "window": arguments.window,
         **setting,
     }
     contenders = [Contender("tar-hf", sys.executable, "contenders", options)]
@@ -178,6 +180,7 @@ def main():
     parser.add_argument("--scale", type=int, nargs="+", default=[1])
     parser.add_argument("--tokens", type=int, nargs="+", default=[729], help="of the condition")
     parser.add_argument("--grid", type=int, nargs="+", default=[], help="side of AR-DTok's tokens, for another picture")
+    parser.add_argument("--window", type=int, nargs="+", default=[], help="a step of Jacobi decoding, for each")
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--compile", action="store_true", help="torch.compile TA-Tok's encoder, AR-DTok")
     parser.add_argument("--int8", action="store_true", help="torchao's weights for AR-DTok and the language model")

@@ -22,7 +22,7 @@ def stages(*arguments):
     [
         ("ta-tok", "ta_tok", ["--scale", "3"], ["encode", "features"]),
         ("ar-detok", "detokenizer", ["--tokens", "81", "--batch", "1", "2"], AR_DETOK),
-        ("ar-detok", "detokenizer", ["--tokens", "81", "--grid", "3"], AR_DETOK),
+        ("ar-detok", "detokenizer", ["--tokens", "81", "--grid", "3", "--window", "4"], ["window of 4", *AR_DETOK]),
         ("ar-detok", "detokenizer", ["--tokens", "81", "--int8"], AR_DETOK),
         ("llm", "", [], ["code", "code by model.generate"]),
         ("load", "ta_tok", [], ["load"]),
