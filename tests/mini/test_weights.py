@@ -29,7 +29,7 @@ LEAST = {
     "position": 0.2,
     "color_attribution": 0.45,
     "generation": 0.68,
-    "image_to_image": 0.1,
+    "image_to_image": 0.2,
     "reconstruction": 0.4,
     "answers_color": 0.8,
     "answers_presence": 0.75,
