@@ -6,7 +6,8 @@ codes back into features that a de-tokenizer can draw from.
 
 Shapes: B images, N tokens (a square grid), C hidden size of the tower, D width of a code, K codes.
 
-This file travels with converted checkpoints, so it imports nothing else of the package.
+This file travels with converted checkpoints, and as a part of a diffusion pipeline diffusers fetches it from the Hub
+without the files beside it, so it imports nothing else of the package.
 """
 
 import math
@@ -679,6 +680,7 @@ class TATokModel(TATokPreTrainedModel):
         return self.decode_head(self.decoder(self.out_proj(vectors)))
 
 
+# As `draw_uniform` in seeded_decoding.py, which this file must do without.
 def _uniform(batch_size, length, generator, device):
     """Uniform numbers (batch, length), row i from generator i alone; never from the global one, also without any."""
     if generator is None:
