@@ -181,12 +181,30 @@ def test_bfloat16_needs_no_gpu(tmp_path):
     assert training.training_arguments(recipe).device.type == "cpu"
 
 
+def test_bfloat16_where_the_machine_is_fast_in_it(tmp_path, monkeypatch, caplog):
+    def arguments(**options):
+        data = {"sources": [{"path": "rows"}]}
+        recipe = load_recipe(
+            Recipe, {"output_dir": str(tmp_path), "data": data, "training": {"use_cpu": True} | options}
+        )
+        return training.training_arguments(recipe)
+
+    for able in (True, False):
+        monkeypatch.setattr(training, "multiplies_bfloat16", lambda able=able: able)
+        assert arguments(bf16="auto").bf16 is able
+    assert not caplog.records
+    assert arguments(bf16=True).bf16  # as it is said, with a word about what it costs
+    assert "training.bf16=false" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"learningrate": 1}, "training.learningrate is no field of TrainingArguments, did you mean learning_rate"),
         ({"output_dir": "x"}, "training.output_dir cannot be set here: say output_dir at the top"),
         ({"train_sampling_strategy": "random"}, "training.train_sampling_strategy cannot be set here"),
+        ({"bf16": "atuo"}, "training.bf16 must be true, false or auto, got 'atuo'"),
+        ({"use_cpu": 1}, "training.use_cpu must be true or false, got 1"),
         ({"learning_rate": "abc"}, "training.learning_rate must be a number, got 'abc'"),
         ({"gradient_accumulation_steps": 0}, "training.gradient_accumulation_steps must be above 0, got 0"),
         ({"max_steps": 0}, "training.max_steps must be above 0, got 0"),

@@ -298,8 +298,10 @@ def _train_vq(recipe):
 def _make_codes(recipe):
     from tar_hf.training.pretokenize import pretokenize
     from tar_hf.training.recipe import SourceRecipe
+    from tar_hf.training.trainer import fast_bfloat16
 
-    options = {"ta_tok": "ta-tok", "scales": recipe.scales, "batch_size": 32, "dtype": "bfloat16"}
+    dtype = "bfloat16" if fast_bfloat16() else "float32"
+    options = {"ta_tok": "ta-tok", "scales": recipe.scales, "batch_size": 32, "dtype": dtype}
     pretokenize(SourceRecipe("conversations.parquet"), "codes/conversations", **options)
     pretokenize(SourceRecipe("pictures.parquet"), "codes/pictures", ar_detok="vq", **options)
 

@@ -4,6 +4,7 @@ recipe beside every checkpoint."""
 import dataclasses
 import difflib
 import json
+import logging
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -16,12 +17,16 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import is_torch_bf16_gpu_available
 
+from tar_hf.modeling.modeling_ta_tok import multiplies_bfloat16
 from tar_hf.training.mixture import Mixture
 from tar_hf.training.recipe import RECIPE_FILE, DataRecipe, Recipe, RecipeError, check_same_run, one_line, write_recipe
 from tar_hf.training.rows import Row, read_row
 from tar_hf.training.sources import open_source
 from tar_hf.training.streaming import Stream, open_stream
+
+logger = logging.getLogger(__name__)
 
 # What the recipe says in another place, or what the order of the samples rests on.
 FIXED = {
@@ -155,7 +160,8 @@ def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
     `TrainingArguments` of a recipe.
 
     Args:
-        recipe (`Recipe`): Its `training` names the fields.
+        recipe (`Recipe`): Its `training` names the fields. `bf16: auto` is true where the machine is fast in bfloat16,
+            see `fast_bfloat16`.
         stage: The stage's defaults, which the recipe may override.
 
     Raises:
@@ -174,6 +180,9 @@ def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
             raise RecipeError(f"training.{key} cannot be set here{elsewhere}")
         if known[key].type in (int, float, "int", "float") and type(value) not in (int, float):
             raise RecipeError(f"training.{key} must be a number, got {value!r}")
+        if known[key].type in (bool, "bool") and type(value) is not bool and (key, value) != ("bf16", "auto"):
+            choices = "true, false or auto" if key == "bf16" else "true or false"
+            raise RecipeError(f"training.{key} must be {choices}, got {value!r}")
         if key in POSITIVE and value <= 0 and (key, value) != ("max_steps", -1):
             raise RecipeError(f"training.{key} must be above 0, got {value}")
     defaults = {"report_to": "none", "logging_steps": 10, "save_total_limit": 3}
@@ -182,6 +191,10 @@ def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
     defaults |= {"dataloader_pin_memory": accelerator, "use_cpu": not accelerator}
     defaults |= {"disable_tqdm": not sys.stderr.isatty()}
     options = {**defaults, **stage, **recipe.training}
+    if options.get("bf16") == "auto":
+        options["bf16"] = fast_bfloat16(options["use_cpu"])
+    elif options.get("bf16") and options["use_cpu"] and not multiplies_bfloat16():
+        logger.warning("this CPU emulates bfloat16: a step may take ten times as long as with training.bf16=false")
     # Every process reads its own share: nothing is read by one and sent to the others.
     options["accelerator_config"] = {"dispatch_batches": False, **(options.get("accelerator_config") or {})}
     try:
@@ -203,6 +216,13 @@ def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
             "set CUDA_VISIBLE_DEVICES to one of them"
         )
     return arguments
+
+
+def fast_bfloat16(use_cpu: bool = False) -> bool:
+    """Whether the accelerator, or the CPU where there is none or `use_cpu` is set, has instructions for bfloat16."""
+    if torch.accelerator.is_available() and not use_cpu:
+        return is_torch_bf16_gpu_available()
+    return multiplies_bfloat16()
 
 
 def open_data(
