@@ -12,6 +12,8 @@ from clock import STEPS, random, seconds
 from torch import nn
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from tar_hf.modeling.packed_linear import PackedLinear, pack_linears
+
 
 class After(StoppingCriteria):
     """Ends an image after so many tokens."""
@@ -66,6 +68,8 @@ def ar_detok(options):
         settings |= {"config": config, "ignore_mismatched_sizes": True}  # positions of its own
     model = ARDeTokForCausalLM.from_pretrained(options["folder"], dtype=dtype, **settings)
     model.eval().to(options["device"])
+    if options["pack"]:
+        pack_linears(model)
     config, batch = model.config, options["batch"]
     condition = random(batch, options["tokens"], config.condition_size, dtype=model.dtype, device=model.device)
     settings = {"guidance_scale": options["guidance"], "generator": torch.Generator().manual_seed(0)}
@@ -77,7 +81,7 @@ def ar_detok(options):
         model.generate(condition, stopping_criteria=StoppingCriteriaList([After(count)]), **settings)
 
     rows = batch * (2 if options["guidance"] > 1 else 1)
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear | PackedLinear)]
     ids = torch.zeros(batch, config.num_image_tokens, dtype=torch.long, device=model.device)
 
     # The loop's own step behind half of an image, which is what a token costs on the average.
@@ -129,6 +133,8 @@ def llm(options):
 
     pipe = TarPipeline.from_pretrained(options["folder"], dtype=getattr(torch, options["dtype"]), **int8(options))
     model = pipe.to(options["device"]).model
+    if options["pack"]:
+        pack_linears(model)
     row = pipe._prompt_ids([("user", "A photo of a macaw")], [], drawing=options["scale"])
     uniform = torch.rand(options["batch"], STEPS + 1)
     sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 1200}
@@ -138,7 +144,7 @@ def llm(options):
         config = GenerationConfig(**sampling, max_new_tokens=count, min_new_tokens=count, pad_token_id=0)
         model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
 
-    linears = [module for module in model.get_decoder().modules() if isinstance(module, nn.Linear)]
+    linears = [module for module in model.get_decoder().modules() if isinstance(module, nn.Linear | PackedLinear)]
     return {
         **timed({"code floor": lambda: products(linears, options["batch"])}),
         "code": per_token(lambda count: pipe._draw_codes([row], uniform[:, :count], **sampling)),
@@ -212,6 +218,9 @@ def per_token(draw, steps=STEPS):
 def products(linears, rows):
     """Each layer's matrix product for so many rows, and nothing between them."""
     for linear in linears:
+        if isinstance(linear, PackedLinear):
+            linear(torch.zeros(rows, linear.in_features, dtype=linear.dtype))
+            continue
         weight = linear.weight
         F.linear(torch.zeros(rows, weight.shape[1], dtype=weight.dtype, device=weight.device), weight)
 

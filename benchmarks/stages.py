@@ -108,6 +108,7 @@ def run(arguments, setting: dict) -> list[dict]:
         "threads": arguments.threads,
         "compile": arguments.compile,
         "int8": arguments.int8,
+        "pack": arguments.pack,
         "sources": str(arguments.sources.resolve()) if arguments.sources else None,
         "path": [str(HERE)],
         "batch": 1,
@@ -184,6 +185,7 @@ def main():
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--compile", action="store_true", help="torch.compile TA-Tok's encoder, AR-DTok")
     parser.add_argument("--int8", action="store_true", help="torchao's weights for AR-DTok and the language model")
+    parser.add_argument("--pack", action="store_true", help="weights of AR-DTok, the language model in oneDNN's order")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--original", type=Path, metavar="PATH", help="checkout of the original code")
     parser.add_argument("--original-python", metavar="PYTHON", help="with transformers 4.50")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
     from tar_hf.modeling.modeling_ar_detok import ARDeTokConfig, ARDeTokForCausalLM
     from tar_hf.modeling.modeling_ta_tok import TATokConfig, TATokModel, TATokOutput
+    from tar_hf.modeling.packed_linear import pack_linears
     from tar_hf.modeling.visual_vocabulary import VisualVocabulary
     from tar_hf.pipelines.pipeline_tar import TarPipeline
     from tar_hf.pipelines.pipeline_tar_diffusion_detok import TarDiffusionDeTokPipeline
@@ -28,6 +29,7 @@ _MODULES = {
     "TarDiffusionDeTokPipeline": "tar_hf.pipelines.pipeline_tar_diffusion_detok",
     "TarPipeline": "tar_hf.pipelines.pipeline_tar",
     "VisualVocabulary": "tar_hf.modeling.visual_vocabulary",
+    "pack_linears": "tar_hf.modeling.packed_linear",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "TarPipeline",
     "VisualVocabulary",
     "__version__",
+    "pack_linears",
 ]
 
 

@@ -312,7 +312,7 @@ class ARDeTokModel(ARDeTokPreTrainedModel):
     def embed_condition(self, condition: torch.Tensor) -> torch.Tensor:
         """Features (B, N, C) -> prefix (B, N, W). In training, rows lose their condition at `condition_dropout`."""
         self.check_condition(condition)
-        condition = condition.to(self.condition_proj.weight.dtype)
+        condition = condition.to(self.condition_proj.bias.dtype)
         if self.training and self.config.condition_dropout > 0:
             kept = torch.rand(len(condition), 1, 1, device=condition.device) >= self.config.condition_dropout
             condition = condition * kept

@@ -1,0 +1,77 @@
+"""Packed weights: the same results, the same file, and nothing that pretends to train or move."""
+
+import pytest
+import torch
+from torch import nn
+
+from tar_hf import ARDeTokForCausalLM, TarPipeline, pack_linears
+from tar_hf.modeling.packed_linear import PackedLinear
+
+
+@pytest.fixture
+def detokenizer(ar_detok_repo):
+    return ARDeTokForCausalLM.from_pretrained(ar_detok_repo()).eval()
+
+
+@pytest.mark.parametrize("rows", [(1,), (2,), (3, 5), (0,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_computes_the_same(rows, bias):
+    torch.manual_seed(0)
+    linear, inputs = nn.Linear(24, 40, bias=bias), torch.randn(*rows, 24)
+    packed = PackedLinear(linear)
+    torch.testing.assert_close(packed(inputs), linear(inputs), rtol=1e-5, atol=1e-6)
+    assert torch.equal(packed.weight, linear.weight)
+    assert repr(packed) == f"PackedLinear(in_features=24, out_features=40, bias={bias})"
+
+
+def test_a_de_tokenizer_draws_the_same(detokenizer):
+    condition = torch.randn(2, 9, detokenizer.config.condition_size, generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(4).repeat(2, 1)
+    plain = detokenizer(ids, condition).logits
+    greedy = detokenizer.generate(condition, do_sample=False, guidance_scale=2.0)
+    assert pack_linears(detokenizer) is detokenizer
+    assert type(detokenizer.lm_head) is nn.Linear
+    assert sum(type(module) is nn.Linear for module in detokenizer.model.modules()) == 0
+    torch.testing.assert_close(detokenizer(ids, condition).logits, plain, rtol=1e-4, atol=1e-5)
+    assert torch.equal(detokenizer.generate(condition, do_sample=False, guidance_scale=2.0), greedy)
+
+
+def test_what_is_saved_is_what_was_loaded(detokenizer, ar_detok_repo, tmp_path):
+    pack_linears(detokenizer).save_pretrained(tmp_path)
+    before = ARDeTokForCausalLM.from_pretrained(ar_detok_repo()).state_dict()
+    after = ARDeTokForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_system_draws_and_answers_the_same():
+    pipes = [TarPipeline.from_pretrained("tar-mini") for _ in range(2)]
+    for part in (pipes[1].model, pipes[1].detokenizer):
+        pack_linears(part)
+    drawn = [pipe("a red circle", self_reflect=2, generator=torch.Generator().manual_seed(0)) for pipe in pipes]
+    assert torch.equal(drawn[0].codes, drawn[1].codes)
+    question = "What color is the circle?"
+    assert len({pipe.generate_text(question, images=drawn[0].images[0]) for pipe in pipes}) == 1
+
+
+def test_what_cannot_be_packed_is_refused_whole():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="no products of torch.float64 to pack for: load with dtype=torch.float32"):
+        pack_linears(model)
+    assert type(model[0]) is nn.Linear
+    with pytest.raises(ValueError, match="plain weights on a CPU can be packed, got Tensor on meta"):
+        pack_linears(nn.Sequential(nn.Linear(4, 4, device="meta")))
+
+
+def test_packed_weights_stay_where_they_are():
+    model = pack_linears(nn.Sequential(nn.Linear(4, 4)))
+    assert model.to("cpu").float() is model
+    with pytest.raises(ValueError, match="stay torch.float32 on the CPU: load the model again"):
+        model.half()
+    with pytest.raises(ValueError, match="stay torch.float32 on the CPU"):
+        model.to("meta")
+
+
+def test_without_onednn(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="packing needs a torch with oneDNN"):
+        pack_linears(nn.Linear(4, 4))
