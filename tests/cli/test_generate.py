@@ -42,6 +42,16 @@ def test_one_picture(run, pipe, tmp_path):
     assert os.listdir(tmp_path) == ["out.png"] and out.stat().st_mode & 0o777 == 0o666 & ~umask()
 
 
+def test_packed(run, pipe, tmp_path, monkeypatch):
+    out = tmp_path / "out.png"
+    options = ["-o", out, "--scale", 3, "--overwrite", "--pack"]
+    assert run("generate", "a cat", *options) == (0, [str(out)], [])
+    assert same(out, draw(pipe, "a cat", 0))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    status, _, errors = run("generate", "a cat", *options)
+    assert status == 2 and "could not be loaded: packing needs a torch with oneDNN" in errors[-1]
+
+
 def umask():
     os.umask(before := os.umask(0))
     return before

@@ -3,7 +3,14 @@
 from pathlib import Path
 
 from tar_hf.cli.model import check_model, load_model, model_settings
-from tar_hf.cli.options import add_choosing_options, add_detokenizer_option, add_model_options, count, seed
+from tar_hf.cli.options import (
+    add_choosing_options,
+    add_detokenizer_option,
+    add_model_options,
+    add_pack_option,
+    count,
+    seed,
+)
 from tar_hf.cli.progress import progress
 
 
@@ -22,6 +29,7 @@ def add_parser(commands):
     )
     add_model_options(parser)
     add_detokenizer_option(parser)
+    add_pack_option(parser)
     parser.add_argument("--count", type=count, default=50, metavar="N", help="prompts of each measure; default 50")
     parser.add_argument("--seed", type=seed, default=0, help="of what is asked and drawn; default 0")
     parser.add_argument("--scale", type=int, choices=(1, 2, 3), default=1, help="of all codes; default 1")

@@ -66,10 +66,11 @@ def load_model(arguments, *parts: str):
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    detokenizer = getattr(arguments, "detokenizer", None)
+    detokenizer, pack = getattr(arguments, "detokenizer", None), getattr(arguments, "pack", False)
     loading = f"--model {arguments.model}"
+    options = {"detokenizer": detokenizer, "dtype": dtype, "device_map": device, "pack": pack}
     try:
-        pipe = TarPipeline.from_pretrained(arguments.model, detokenizer=detokenizer, dtype=dtype, device_map=device)
+        pipe = TarPipeline.from_pretrained(arguments.model, **options)
         for part in parts:
             loading = f"the {part} of --model {arguments.model}"
             getattr(pipe, part)

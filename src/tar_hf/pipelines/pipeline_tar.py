@@ -29,9 +29,11 @@ from .tar_repository import PARTS_FILE, RepoFolder, local_folder, named_model, w
 from .tar_sampling import Callback, TextOnly, Watch, known_options, make_generators, report, watch_pixels
 
 try:
+    from tar_hf.modeling.packed_linear import pack_linears
     from tar_hf.modeling.seeded_decoding import draw_uniform, seeded_decoding
     from tar_hf.modeling.visual_vocabulary import CODE, IMAGE_END, IMAGE_START, SCALE, VisualVocabulary
 except ImportError:  # in a Hub repository, where the files stand side by side
+    from .packed_linear import pack_linears
     from .seeded_decoding import draw_uniform, seeded_decoding
     from .visual_vocabulary import CODE, IMAGE_END, IMAGE_START, SCALE, VisualVocabulary
 
@@ -100,14 +102,18 @@ class TarPipeline:
         image_processor (`TATokImageProcessor`, *optional*): By default the one that stands with `ta_tok`.
         detokenizer (*optional*): Anything with `detokenize(features, generator=...)`, or where it is.
         load_options (`dict`, *optional*): What `from_pretrained` of the parts gets.
+        pack (`bool`, *optional*, defaults to `False`): See `from_pretrained`. A model that is passed in stays as it is.
     """
 
-    def __init__(self, model, tokenizer, ta_tok=None, image_processor=None, detokenizer=None, load_options=None):
+    def __init__(
+        self, model, tokenizer, ta_tok=None, image_processor=None, detokenizer=None, load_options=None, pack=False
+    ):
         self.tokenizer = tokenizer
         self.vocabulary = VisualVocabulary.from_tokenizer(tokenizer)
         self._sources = {"model": model, "ta_tok": ta_tok, "detokenizer": detokenizer}
         self._loaded = {"image_processor": image_processor} if image_processor is not None else {}
         self._load_options = load_options or {}
+        self._pack = pack
         self._device = torch.device("cpu")
         if isinstance(model, nn.Module):
             self._loaded["model"] = self._check_rows(model)
@@ -125,6 +131,7 @@ class TarPipeline:
         device_map=None,
         quantization_config=None,
         attn_implementation: str | None = None,
+        pack: bool = False,
         revision: str | None = None,
         token: str | None = None,
         local_files_only: bool = False,
@@ -142,6 +149,8 @@ class TarPipeline:
                 stands with its files.
             dtype, device_map, attn_implementation (*optional*): For every part.
             quantization_config (*optional*): For the language model.
+            pack (`bool`, *optional*, defaults to `False`): Pack the weights of the language model and of AR-DTok for
+                drawing on a CPU, see `pack_linears`. Parts that are passed in as objects stay as they are.
             revision, token, local_files_only, trust_remote_code (*optional*): For every download from `path`.
         """
         path, detokenizer = named_model(path), named_model(detokenizer)
@@ -159,11 +168,11 @@ class TarPipeline:
             )
 
         part_options = {**options, "trust_remote_code": trust_remote_code, "hub": hub}
-        return cls.around(load, tokenizer, path, ta_tok, detokenizer, part_options, image_processor)
+        return cls.around(load, tokenizer, path, ta_tok, detokenizer, part_options, image_processor, pack)
 
     @classmethod
     def around(
-        cls, model, tokenizer, path, ta_tok=None, detokenizer=None, load_options=None, image_processor=None
+        cls, model, tokenizer, path, ta_tok=None, detokenizer=None, load_options=None, image_processor=None, pack=False
     ) -> "TarPipeline":
         """A pipeline of a language model, or what loads it, with the parts that its repository `path` names."""
         hub = (load_options or {}).get("hub", {})
@@ -177,7 +186,7 @@ class TarPipeline:
                 sources[name] = inside if inside.exists() else None
             else:
                 sources[name] = noted if given is None else given
-        return cls(model, tokenizer, **sources, image_processor=image_processor, load_options=load_options)
+        return cls(model, tokenizer, **sources, image_processor=image_processor, load_options=load_options, pack=pack)
 
     def save_pretrained(self, folder: str | Path):
         """Writes the language model at the root, and the parts that were given as objects or local folders below it."""
@@ -237,8 +246,11 @@ class TarPipeline:
         if "model" not in self._loaded:
             model = self._check_rows(self._sources["model"]().eval())
             placed = "device_map" in self._load_options or getattr(model, "is_quantized", False)
-            self._loaded["model"] = model if placed else model.to(self._device)
+            self._loaded["model"] = self._packed(model if placed else model.to(self._device))
         return self._loaded["model"]
+
+    def _packed(self, model):
+        return pack_linears(model) if self._pack else model
 
     def _check_rows(self, model):
         rows = model.get_input_embeddings().weight.shape[0]
@@ -331,7 +343,7 @@ class TarPipeline:
         model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
         if not hasattr(model, "detokenize"):
             raise ValueError(f"{folder} holds no de-tokenizer but a {type(model).__name__}")
-        return model if "device_map" in options else model.to(self.device)
+        return self._packed(model if "device_map" in options else model.to(self.device))
 
     def _check_detokenizer(self, options):
         """Refuses a de-tokenizer of another width, and options that it does not know, before anything is drawn."""

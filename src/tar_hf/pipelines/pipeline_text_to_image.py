@@ -8,8 +8,10 @@ from transformers import AutoModelForCausalLM, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 try:
+    from tar_hf.modeling.packed_linear import pack_linears
     from tar_hf.pipelines.pipeline_tar import TarPipeline
 except ImportError:  # in a Hub repository, where the files stand side by side
+    from .packed_linear import pack_linears
     from .pipeline_tar import TarPipeline
 
 TASK = "text-to-image"
@@ -32,6 +34,8 @@ class TextToImagePipeline(Pipeline):
         generate_kwargs (`dict`, *optional*): Options of [`TarPipeline.__call__`], also accepted one by one: `scale`,
             `temperature`, `num_images_per_prompt`, `guidance_scale`, `generator`, ...
         ta_tok, detokenizer (*optional*, when the pipeline is made): Replace the repository's own.
+        pack (`bool`, *optional*, when the pipeline is made, defaults to `False`): Pack the weights for drawing on a
+            CPU, the model's in place, see `pack_linears`.
     """
 
     _load_processor = False
@@ -40,13 +44,14 @@ class TextToImagePipeline(Pipeline):
     _load_tokenizer = True
     _pipeline_calls_generate = False
 
-    def __init__(self, *args, ta_tok=None, detokenizer=None, **kwargs):
+    def __init__(self, *args, ta_tok=None, detokenizer=None, pack=False, **kwargs):
         super().__init__(*args, **kwargs)
         # Whoever runs the copy of this file in a repository has trusted the repository, and so its parts.
         trust = None if __name__.startswith("tar_hf.") else True
         options = {"dtype": self.model.dtype, "trust_remote_code": trust}
         path = self.model.config.name_or_path
-        self.tar = TarPipeline.around(self.model, self.tokenizer, path, ta_tok, detokenizer, options)
+        model = pack_linears(self.model) if pack else self.model
+        self.tar = TarPipeline.around(model, self.tokenizer, path, ta_tok, detokenizer, options, pack=pack)
 
     def _sanitize_parameters(self, generate_kwargs=None, **kwargs):
         return {}, {**kwargs, **(generate_kwargs or {})}, {}

@@ -16,7 +16,7 @@ PARTS_FILE = "tar.json"  # beside config.json: where the parts are, by folder or
 CODE_FILES = (
     *("pipeline_text_to_image.py", "pipeline_tar.py", "tar_drawing.py", "tar_prompts.py", "tar_reflection.py"),
     *("tar_repository.py", "tar_sampling.py", "visual_vocabulary.py"),
-    *("jacobi_decoding.py", "reserved_cache.py", "seeded_decoding.py"),
+    *("jacobi_decoding.py", "packed_linear.py", "reserved_cache.py", "seeded_decoding.py"),
 )
 
 
