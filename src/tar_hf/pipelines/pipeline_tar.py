@@ -5,37 +5,25 @@ codes from pixels and features from codes; a de-tokenizer draws. Parts load when
 image loads no de-tokenizer, and drawing one no vision encoder.
 """
 
-import json
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import nn
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationMixin,
-)
+from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
 from .tar_drawing import check_jacobi, code_warpers, draw_codes, visual_logits
-from .tar_prompts import IMAGE, SYSTEM, as_lists, check_prompts, check_text, user_turns
-from .tar_reflection import Judge
-from .tar_repository import PARTS_FILE, RepoFolder, local_folder, named_model, write_pipeline_code
-from .tar_sampling import Callback, TextOnly, Watch, known_options, make_generators, report, watch_pixels
+from .tar_parts import TarParts
+from .tar_prompts import as_lists, chat_messages, check_prompts, turns_of_chat, user_turns
+from .tar_reflection import Judge, choose
+from .tar_sampling import Callback, TextOnly, Watch, make_generators, report, watch_pixels
 
 try:
-    from tar_hf.modeling.packed_linear import pack_linears
     from tar_hf.modeling.seeded_decoding import draw_uniform, seeded_decoding
-    from tar_hf.modeling.visual_vocabulary import CODE, IMAGE_END, IMAGE_START, SCALE, VisualVocabulary
+    from tar_hf.modeling.visual_vocabulary import IMAGE_START, SCALE
 except ImportError:  # in a Hub repository, where the files stand side by side
-    from .packed_linear import pack_linears
     from .seeded_decoding import draw_uniform, seeded_decoding
-    from .visual_vocabulary import CODE, IMAGE_END, IMAGE_START, SCALE, VisualVocabulary
+    from .visual_vocabulary import IMAGE_START, SCALE
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 
@@ -58,20 +46,6 @@ class TarPipelineOutput(ModelOutput):
     picture_scores: torch.FloatTensor | None = None
 
 
-def chat_messages(turns, image_scale=1):
-    """Turns `[(role, text)]` -> messages for a chat template, where `<I0>` stands in for all codes of an image.
-
-    Images of the user come without tags, those of the assistant with them.
-    """
-    messages = []
-    for role, text in turns:
-        stand_in = CODE.format(0)
-        if role == "assistant":
-            stand_in = f"{IMAGE_START}{SCALE.format(image_scale - 1)}{stand_in}{IMAGE_END}"
-        messages.append({"role": role, "content": text.replace(IMAGE, stand_in)})
-    return messages
-
-
 def _output(pixels, output_type):
     """Pixels (images, 3, H, W) in 0..1 in the form that is asked for."""
     if output_type == "pt":
@@ -81,7 +55,7 @@ def _output(pixels, output_type):
     return arrays if output_type == "np" else [Image.fromarray((array * 255).astype("uint8")) for array in arrays]
 
 
-class TarPipeline:
+class TarPipeline(TarParts):
     """
     Text and images to images or text.
 
@@ -93,271 +67,8 @@ class TarPipeline:
 
     Sample i depends on its own generator only; the global random state stays as it is. A callback gets the stage
     ("encode", "codes", "pixels", "text"), the step and the total; when it returns `False` the call ends with
-    `Interrupted`.
-
-    Args:
-        model (`PreTrainedModel` or a function): A causal language model with visual tokens, or what loads it.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        ta_tok (`TATokModel`, `str` or `Path`, *optional*): The image tokenizer, or where it is.
-        image_processor (`TATokImageProcessor`, *optional*): By default the one that stands with `ta_tok`.
-        detokenizer (*optional*): Anything with `detokenize(features, generator=...)`, or where it is.
-        load_options (`dict`, *optional*): What `from_pretrained` of the parts gets.
-        pack (`bool`, *optional*, defaults to `False`): See `from_pretrained`. A model that is passed in stays as it is.
+    `Interrupted`. `from_pretrained` makes one, and so do parts that are at hand, as `TarParts` takes them.
     """
-
-    def __init__(
-        self, model, tokenizer, ta_tok=None, image_processor=None, detokenizer=None, load_options=None, pack=False
-    ):
-        self.tokenizer = tokenizer
-        self.vocabulary = VisualVocabulary.from_tokenizer(tokenizer)
-        self._sources = {"model": model, "ta_tok": ta_tok, "detokenizer": detokenizer}
-        self._loaded = {"image_processor": image_processor} if image_processor is not None else {}
-        self._load_options = load_options or {}
-        self._pack = pack
-        self._device = torch.device("cpu")
-        if isinstance(model, nn.Module):
-            self._loaded["model"] = self._check_rows(model)
-
-    # Loading and saving
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        ta_tok=None,
-        detokenizer=None,
-        image_processor=None,
-        dtype=None,
-        device_map=None,
-        quantization_config=None,
-        attn_implementation: str | None = None,
-        pack: bool = False,
-        revision: str | None = None,
-        token: str | None = None,
-        local_files_only: bool = False,
-        trust_remote_code: bool | None = None,
-    ) -> "TarPipeline":
-        """
-        Loads the tokenizer and notes where the parts are.
-
-        Args:
-            path (`str` or `Path`): Folder or Hub id. Its root is the language model. "tar-mini" is the small model in
-                the package, unless there is a folder of that name.
-            ta_tok, detokenizer (*optional*): Replace the repo's own: paths, Hub ids or objects. As the de-tokenizer
-                "tar-mini-diffusion" is the diffusion one of the small model, in the package too.
-            image_processor (`TATokImageProcessor`, *optional*): For a `ta_tok` that is a model. By default the one that
-                stands with its files.
-            dtype, device_map, attn_implementation (*optional*): For every part.
-            quantization_config (*optional*): For the language model.
-            pack (`bool`, *optional*, defaults to `False`): Pack the weights of the language model and of AR-DTok for
-                drawing on a CPU, see `pack_linears`. Parts that are passed in as objects stay as they are.
-            revision, token, local_files_only, trust_remote_code (*optional*): For every download from `path`.
-        """
-        path, detokenizer = named_model(path), named_model(detokenizer)
-        hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
-        options = {name: value for name, value in options.items() if value is not None}
-        root = local_folder(path, ["*.json", "*.txt", "*.jinja", "*.py"], ["ta_tok/*", "detokenizer/*"], **hub)
-        tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=trust_remote_code)
-        quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
-
-        def load():
-            root = local_folder(path, ["*"], ["ta_tok/*", "detokenizer/*"], **hub)
-            return AutoModelForCausalLM.from_pretrained(
-                root, trust_remote_code=trust_remote_code, **options, **quantization
-            )
-
-        part_options = {**options, "trust_remote_code": trust_remote_code, "hub": hub}
-        return cls.around(load, tokenizer, path, ta_tok, detokenizer, part_options, image_processor, pack)
-
-    @classmethod
-    def around(
-        cls, model, tokenizer, path, ta_tok=None, detokenizer=None, load_options=None, image_processor=None, pack=False
-    ) -> "TarPipeline":
-        """A pipeline of a language model, or what loads it, with the parts that its repository `path` names."""
-        hub = (load_options or {}).get("hub", {})
-        notes = local_folder(path, [PARTS_FILE], [], **hub) / PARTS_FILE
-        parts = json.loads(notes.read_text()) if notes.is_file() else {}
-        sources = {}
-        for name, given in (("ta_tok", ta_tok), ("detokenizer", detokenizer)):
-            noted = parts.get(name, name)
-            if given is None and noted == name:  # a folder of this repository, fetched when it is needed
-                inside = RepoFolder(path, name, hub)
-                sources[name] = inside if inside.exists() else None
-            else:
-                sources[name] = noted if given is None else given
-        return cls(model, tokenizer, **sources, image_processor=image_processor, load_options=load_options, pack=pack)
-
-    def save_pretrained(self, folder: str | Path):
-        """Writes the language model at the root, and the parts that were given as objects or local folders below it."""
-        folder = Path(folder)
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        parts = {}
-        for name, source in self._sources.items():
-            if source is None or name == "model":
-                continue
-            if isinstance(source, str) and not Path(source).is_dir():
-                parts[name] = source  # a Hub id stays a reference
-                continue
-            parts[name] = name
-            if name == "ta_tok":
-                model = source if isinstance(source, nn.Module) else self._load_ta_tok()
-                model.save_pretrained(folder / name)
-                self.image_processor.save_pretrained(folder / name)
-            else:
-                self.detokenizer.save_pretrained(folder / name)
-        (folder / PARTS_FILE).write_text(json.dumps(parts, indent=2) + "\n")
-        write_pipeline_code(folder)
-
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """Saves, checks that the folder loads without this package, uploads. `kwargs` are those of `push_folder`."""
-        try:  # as above: what is imported outside of a `try` must be there for the repository's code to load
-            from tar_hf.conversion.assemble import write_tar_card
-            from tar_hf.conversion.publish import push_folder
-        except ImportError as error:
-            raise ImportError("pushing needs the package: pip install tar-hf") from error
-
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / repo_id.rpartition("/")[2]
-            self.save_pretrained(folder)
-            write_tar_card(folder, repo_id)
-            return push_folder(folder, repo_id, **kwargs)
-
-    # Parts
-
-    @property
-    def device(self) -> torch.device:
-        """Where the language model is, or, before it is loaded, another part, or where they will be."""
-        loaded = [self._loaded[name] for name in ("model", "decoder", "encoder") if name in self._loaded]
-        return loaded[0].device if loaded else self._device
-
-    def to(self, device: str | torch.device) -> "TarPipeline":
-        """Moves the parts that are loaded; the others will load there."""
-        self._device = torch.device(device)
-        for part in self._loaded.values():
-            if hasattr(part, "to"):
-                part.to(device)
-        return self
-
-    @property
-    def model(self):
-        """The language model."""
-        if "model" not in self._loaded:
-            model = self._check_rows(self._sources["model"]().eval())
-            placed = "device_map" in self._load_options or getattr(model, "is_quantized", False)
-            self._loaded["model"] = self._packed(model if placed else model.to(self._device))
-        return self._loaded["model"]
-
-    def _packed(self, model):
-        return pack_linears(model) if self._pack else model
-
-    def _check_rows(self, model):
-        rows = model.get_input_embeddings().weight.shape[0]
-        if rows < self.vocabulary.vocab_size:
-            raise ValueError(
-                f"the tokenizer's codes end at id {self.vocabulary.vocab_size - 1}, but the model has {rows} rows"
-            )
-        return model
-
-    def free(self, *names: str):
-        """Forgets loaded parts, all or those named: "model", "encoder", "decoder", "detokenizer". They load again on
-        demand; a part that was passed in as an object stays the caller's."""
-        known = ("model", "encoder", "decoder", "detokenizer")
-        for name in names or known:
-            if name not in known:
-                raise ValueError(f"parts are {', '.join(known)}, got {name!r}")
-            source = self._sources["ta_tok" if name in ("encoder", "decoder") else name]
-            if isinstance(source, str | Path | RepoFolder) or (name == "model" and not isinstance(source, nn.Module)):
-                self._loaded.pop(name, None)
-
-    @property
-    def encoder(self):
-        """The half of TA-Tok that makes codes from pixels."""
-        return self._ta_tok_half("encoder", "decoder")
-
-    @property
-    def decoder(self):
-        """The half of TA-Tok that makes features from codes."""
-        return self._ta_tok_half("decoder", "encoder")
-
-    @property
-    def image_processor(self):
-        if "image_processor" not in self._loaded:
-            source = self._source("ta_tok", "reading images")
-            if isinstance(source, nn.Module):
-                raise ValueError("ta_tok was passed as a model: pass image_processor= too")
-            options = {"trust_remote_code": self._load_options.get("trust_remote_code")}
-            self._loaded["image_processor"] = AutoImageProcessor.from_pretrained(self._fetch(source), **options)
-        return self._loaded["image_processor"]
-
-    @property
-    def detokenizer(self):
-        """What draws pixels from features."""
-        if "detokenizer" not in self._loaded:
-            source = self._source("detokenizer", "drawing images")
-            if isinstance(source, str | Path | RepoFolder):
-                self._loaded["detokenizer"] = self._load_detokenizer(self._fetch(source))
-            elif hasattr(source, "detokenize"):
-                self._loaded["detokenizer"] = source
-            else:
-                raise TypeError(f"a de-tokenizer needs a method detokenize(features), got {type(source).__name__}")
-        return self._loaded["detokenizer"]
-
-    def _source(self, name, purpose):
-        source = self._sources[name]
-        if source is None:
-            raise ValueError(f"{purpose} needs {name}, which this repository has not: pass {name}= a folder or a model")
-        return source
-
-    def _fetch(self, source) -> Path:
-        if isinstance(source, RepoFolder):
-            return source.fetch()
-        # Another repository: the revision is one of this.
-        return local_folder(source, ["*"], [], **{**self._load_options.get("hub", {}), "revision": None})
-
-    def _ta_tok_half(self, half, other):
-        if half not in self._loaded:
-            source = self._source("ta_tok", {"encoder": "reading images", "decoder": "drawing images"}[half])
-            if isinstance(source, nn.Module):
-                self._loaded[half] = source
-            else:
-                self._loaded[half] = self._load_ta_tok(**{f"has_{other}": False})
-                if other in self._loaded:  # the codebook is the largest part of either half
-                    self._loaded[half].quantizer = self._loaded[other].quantizer
-        return self._loaded[half]
-
-    def _load_ta_tok(self, **kwargs):
-        options = {name: value for name, value in self._load_options.items() if name != "hub"}
-        model = AutoModel.from_pretrained(self._fetch(self._sources["ta_tok"]), **options, **kwargs).eval()
-        return model if "device_map" in options else model.to(self.device)
-
-    def _load_detokenizer(self, folder):
-        options = {name: value for name, value in self._load_options.items() if name != "hub"}
-        if (folder / "model_index.json").is_file():
-            from diffusers import DiffusionPipeline
-
-            dtype = {"torch_dtype": options["dtype"]} if "dtype" in options else {}
-            trust = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
-            return DiffusionPipeline.from_pretrained(folder, ta_tok=None, **dtype, **trust).to(self.device)
-        model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-        if not hasattr(model, "detokenize"):
-            raise ValueError(f"{folder} holds no de-tokenizer but a {type(model).__name__}")
-        return self._packed(model if "device_map" in options else model.to(self.device))
-
-    def _check_detokenizer(self, options):
-        """Refuses a de-tokenizer of another width, and options that it does not know, before anything is drawn."""
-        detokenizer = self.detokenizer
-        width = getattr(detokenizer, "condition_size", None) or getattr(
-            getattr(detokenizer, "config", None), "condition_size", None
-        )
-        if width not in (None, self.decoder.config.hidden_size):
-            raise ValueError(
-                f"the de-tokenizer draws from features of width {width}, but this TA-Tok makes "
-                f"{self.decoder.config.hidden_size}"
-            )
-        if unknown := options.keys() - known_options(detokenizer):
-            raise TypeError(f"{type(detokenizer).__name__} has no option {min(unknown)}")
 
     # Images
 
@@ -548,30 +259,23 @@ class TarPipeline:
         options = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         options |= {"guidance_scale": prompt_guidance_scale, "empty": empty, "jacobi_window": jacobi_window}
         codes = self._draw_codes(rows, uniform, callback=callback, **options)
-        if candidates == 1:
-            pixels = self._pixels(codes, guidance_scale, generators, callback, kwargs)
-            return TarPipelineOutput(images=_output(pixels, output_type), codes=codes)
 
-        codes = codes.unflatten(0, (len(generators), candidates))
+        def draw(codes, generators):
+            return self._pixels(codes, guidance_scale, generators, callback, kwargs)
+
+        def read(pixels):
+            return self._encode(self._pixel_values(_output(pixels, "pil")), scale, callback).cpu()
+
+        if candidates == 1:
+            return TarPipelineOutput(images=_output(draw(codes, generators), output_type), codes=codes)
         judge = Judge(self, list(zip(prompts, given, strict=True)), callback)
-        logits = judge(codes)
-        best = logits.argsort(dim=-1, descending=True, stable=True)[:, :pictures]
-        codes = codes.gather(1, best[..., None].expand(-1, -1, tokens))
-        generators = [own for generator in generators for own in make_generators(generator, codes.shape[1])]
-        pixels = self._pixels(codes.flatten(0, 1), guidance_scale, generators, callback, kwargs)
-        picture_scores = None
-        if codes.shape[1] > 1:
-            read = self._encode(self._pixel_values(_output(pixels, "pil")), scale, callback)
-            picture_logits = judge(read.view_as(codes).cpu())
-            picture_scores = torch.full_like(logits, torch.nan).scatter(1, best, picture_logits.sigmoid())
-            chosen = (logits.gather(1, best) + picture_logits).argmax(-1)
-            rows = torch.arange(len(codes))
-            codes, pixels = codes[rows, chosen, None], pixels.unflatten(0, codes.shape[:2])[rows, chosen]
+        codes = codes.unflatten(0, (len(generators), candidates))
+        choice = choose(judge, codes, generators, pictures, draw, read)
         return TarPipelineOutput(
-            images=_output(pixels, output_type),
-            codes=codes.flatten(0, 1),
-            scores=logits.sigmoid(),
-            picture_scores=picture_scores,
+            images=_output(choice.pixels, output_type),
+            codes=choice.codes,
+            scores=choice.scores,
+            picture_scores=choice.picture_scores,
         )
 
     def _drawing_rows(self, prompts, given, scale):
@@ -693,30 +397,7 @@ class TarPipeline:
             scale (`int`, *optional*, defaults to `1`): Of the images in the conversation.
             kwargs: As in `generate_text`.
         """
-        turns, given = [], []
-        for message in messages:
-            content, role = message["content"], message["role"]
-            if isinstance(content, str):
-                if IMAGE in content:
-                    raise ValueError('in chat an image is a part {"type": "image", "image": ...}, not the mark <image>')
-                turns.append((role, content))
-                continue
-            text = ""
-            for part in content:
-                if part["type"] == "image":
-                    given.append(part["image"])
-                    text += IMAGE if role == "assistant" else f"{IMAGE}\n"
-                elif part["type"] == "text":
-                    text += part["text"]
-                else:
-                    raise ValueError(f"a part of a message is text or image, got {part['type']!r}")
-            turns.append((role, text))
-        for _, text in turns:
-            check_text(text)
-        if not turns or turns[-1][0] == "assistant":
-            raise ValueError("the last message must be the user's")
-        if turns[0][0] != "system":
-            turns.insert(0, ("system", SYSTEM))
+        turns, given = turns_of_chat(messages)
         callback = kwargs.pop("callback", None)
         row = self._prompt_ids(turns, self._read([given], scale, callback)[0], image_scale=scale)
         options = {"max_new_tokens": 256, "do_sample": False, "generator": None, **kwargs}

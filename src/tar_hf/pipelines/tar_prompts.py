@@ -1,9 +1,14 @@
-"""Prompts with images: one or many, and where the images stand.
+"""Prompts and conversations with images: one or many, and where the images stand.
 
 This file travels with `pipeline_tar.py` into repositories, so it imports nothing of the package.
 """
 
 import re
+
+try:
+    from tar_hf.modeling.visual_vocabulary import CODE, IMAGE_END, IMAGE_START, SCALE
+except ImportError:  # in a Hub repository, where the files stand side by side
+    from .visual_vocabulary import CODE, IMAGE_END, IMAGE_START, SCALE
 
 SYSTEM = "You are a helpful assistant."
 IMAGE = "<image>"
@@ -15,6 +20,45 @@ VISUAL_TEXT = re.compile(r"<I\d+>|<im_start>|<im_end>")
 
 def user_turns(text):
     return [("system", SYSTEM), ("user", text)]
+
+
+def chat_messages(turns, image_scale=1):
+    """Turns `[(role, text)]` -> messages for a chat template, where `<I0>` stands in for all codes of an image.
+
+    Images of the user come without tags, those of the assistant with them.
+    """
+    messages = []
+    for role, text in turns:
+        stand_in = CODE.format(0)
+        if role == "assistant":
+            stand_in = f"{IMAGE_START}{SCALE.format(image_scale - 1)}{stand_in}{IMAGE_END}"
+        messages.append({"role": role, "content": text.replace(IMAGE, stand_in)})
+    return messages
+
+
+def turns_of_chat(messages):
+    """Messages of `TarPipeline.chat` -> turns `[(role, text)]`, the system's first, and their images in order."""
+    turns, images = [], []
+    for message in messages:
+        content, role = message["content"], message["role"]
+        if isinstance(content, str):
+            if IMAGE in content:
+                raise ValueError('in chat an image is a part {"type": "image", "image": ...}, not the mark <image>')
+            content = [{"type": "text", "text": content}]
+        text = ""
+        for part in content:
+            if part["type"] == "image":
+                images.append(part["image"])
+                text += IMAGE if role == "assistant" else f"{IMAGE}\n"
+            elif part["type"] == "text":
+                text += part["text"]
+            else:
+                raise ValueError(f"a part of a message is text or image, got {part['type']!r}")
+        check_text(text)
+        turns.append((role, text))
+    if not turns or turns[-1][0] == "assistant":
+        raise ValueError("the last message must be the user's")
+    return (turns if turns[0][0] == "system" else [("system", SYSTEM), *turns]), images
 
 
 def as_lists(prompt, images):

@@ -3,10 +3,14 @@
 This file travels with `pipeline_tar.py` into repositories, so it imports nothing of the package.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch.nn.functional import cross_entropy
 
 from .tar_prompts import DESCRIBE, IMAGE, MATCHES, VARIATION, user_turns
+from .tar_sampling import make_generators
 
 Request = tuple[str, list[torch.LongTensor]]  # a prompt, and the codes (N,) of its images
 DESCRIPTION_TOKENS = 64  # of a description at most
@@ -79,6 +83,59 @@ class Judge:
 
     def _asked_to_describe(self, codes):
         return self.pipe._prompt_ids(user_turns(f"{IMAGE}\n{DESCRIBE}"), [codes])
+
+
+@dataclass
+class Choice:
+    """
+    The best of each image's candidates.
+
+    Args:
+        codes (`torch.LongTensor` of shape `(images, N)`): Their codes.
+        pixels (`torch.FloatTensor` of shape `(images, 3, H, W)`): Their pictures, in 0..1.
+        scores, picture_scores (`torch.FloatTensor` of shape `(images, candidates)`, the second *optional*): How likely
+            each candidate is a match, by its codes, and by what is read from its picture; NaN without a picture.
+    """
+
+    codes: torch.LongTensor
+    pixels: torch.FloatTensor
+    scores: torch.FloatTensor
+    picture_scores: torch.FloatTensor | None = None
+
+
+def choose(
+    judge: Judge,
+    codes: torch.LongTensor,
+    generators: list[torch.Generator],
+    pictures: int,
+    draw: Callable[[torch.LongTensor, list[torch.Generator]], torch.FloatTensor],
+    read: Callable[[torch.FloatTensor], torch.LongTensor],
+) -> Choice:
+    """
+    The best candidates by their codes and, with several pictures each, by their pictures too.
+
+    Args:
+        judge (`Judge`): Of their requests.
+        codes (`torch.LongTensor` of shape `(images, candidates, N)`): What was drawn.
+        generators (`list[torch.Generator]`): One for each image, of the draws of its pixels.
+        pictures (`int`): How many candidates of an image become pictures, at most.
+        draw (`Callable`): Codes (n, N) and n generators -> pixels (n, 3, H, W).
+        read (`Callable`): Pixels -> codes, the other way.
+    """
+    logits = judge(codes)
+    best = logits.argsort(dim=-1, descending=True, stable=True)[:, :pictures]
+    codes = codes.gather(1, best[..., None].expand(-1, -1, codes.shape[-1]))
+    each = codes.shape[1]
+    generators = [own for generator in generators for own in make_generators(generator, each)]
+    pixels = draw(codes.flatten(0, 1), generators)
+    if each == 1:
+        return Choice(codes[:, 0], pixels, logits.sigmoid())
+    picture_logits = judge(read(pixels).view_as(codes))
+    picture_scores = torch.full_like(logits, torch.nan).scatter(1, best, picture_logits.sigmoid())
+    chosen = (logits.gather(1, best) + picture_logits).argmax(-1)
+    images = torch.arange(len(codes))
+    pixels = pixels.unflatten(0, codes.shape[:2])[images, chosen]
+    return Choice(codes[images, chosen], pixels, logits.sigmoid(), picture_scores)
 
 
 def _first_tokens(tokenizer, words):

@@ -14,8 +14,8 @@ SHIPPED = ("tar-mini", "tar-mini-diffusion")  # names of the system and of anoth
 PARTS_FILE = "tar.json"  # beside config.json: where the parts are, by folder or repo id
 # What `pipeline("text-to-image", ...)` needs where the package is not installed.
 CODE_FILES = (
-    *("pipeline_text_to_image.py", "pipeline_tar.py", "tar_drawing.py", "tar_prompts.py", "tar_reflection.py"),
-    *("tar_repository.py", "tar_sampling.py", "visual_vocabulary.py"),
+    *("pipeline_text_to_image.py", "pipeline_tar.py", "tar_drawing.py", "tar_parts.py", "tar_prompts.py"),
+    *("tar_reflection.py", "tar_repository.py", "tar_sampling.py", "visual_vocabulary.py"),
     *("jacobi_decoding.py", "packed_linear.py", "reserved_cache.py", "seeded_decoding.py"),
 )
 

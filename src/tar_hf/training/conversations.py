@@ -16,8 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from tar_hf.modeling.visual_vocabulary import SCALE, VisualVocabulary
-from tar_hf.pipelines.pipeline_tar import chat_messages
-from tar_hf.pipelines.tar_prompts import IMAGE, SYSTEM, VISUAL_TEXT
+from tar_hf.pipelines.tar_prompts import IMAGE, SYSTEM, VISUAL_TEXT, chat_messages
 from tar_hf.training.mixture import Mixture, Source
 from tar_hf.training.rows import SCALE_WEIGHTS, BadRow, Row
 

@@ -1,0 +1,1 @@
+../../../pipelines/tar_parts.py
