@@ -18,26 +18,31 @@ import math
 import random
 from pathlib import Path
 
-import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderDC, DiffusionPipeline, DPMSolverMultistepScheduler, SanaTransformer2DModel
-from diffusers.models.embeddings import PixArtAlphaTextProjection
+from diffusers import AutoencoderDC, DiffusionPipeline, SanaTransformer2DModel
 from diffusers.schedulers import SchedulerMixin
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from huggingface_hub.dataclasses import strict
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tar_hf.conversion.diffusion_detok import USAGE, read_negative_condition
+from tar_hf.conversion.diffusion_detok import USAGE
 from tar_hf.conversion.model_card import write_model_card
 from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
 from tar_hf.modeling.modeling_negative_condition import NegativeCondition
 from tar_hf.modeling.modeling_ta_tok import TATokConfig, TATokModel
 from tar_hf.pipelines.pipeline_tar_diffusion_detok import TarDiffusionDeTokPipeline, add_places
-from tar_hf.training.models import check_kind, check_made_with, check_sana, check_scale_weights, check_scales
-from tar_hf.training.recipe import Recipe, RecipeError, one_line
+from tar_hf.training.diffusion_base import (
+    fit_condition,
+    fit_image_size,
+    flow_shift_of,
+    load_base,
+    make_base,
+    make_negative_condition,
+)
+from tar_hf.training.models import check_kind, check_made_with, check_scale_weights, check_scales
+from tar_hf.training.recipe import Recipe, RecipeError
 from tar_hf.training.rows import (
     CODES,
     SCALE_WEIGHTS,
@@ -53,11 +58,8 @@ from tar_hf.training.trainer import TarTrainer, open_data, run, training_argumen
 TRAINABLE = ("cross-attention", "all")
 NEGATIVE = ("learned", "given")
 TIMESTEP_SAMPLING = ("logit_normal", "uniform")
-NEGATIVE_STD = 0.02  # of a negative condition learned from nothing: tokens that start equal would stay equal
 SIGMA_BINS = 4
 FOLLOWING = ("in_channels", "out_channels", "caption_channels", "cross_attention_dim", "sample_size")
-HEADS = ("num_attention_heads", "attention_head_dim")
-FLOW_SHIFT = 3.0  # of the published pipelines' scheduler
 
 
 @strict
@@ -508,9 +510,9 @@ def build(recipe: DiffusionDeTokRecipe) -> DiffusionDeTokTrainer:
     else:
         transformer, vae, noise_scheduler = load_base(recipe.model.base)
         settings = DiffusionPipeline.load_config(recipe.model.base)
-    _fit_condition(transformer, ta_tok.hidden_size, recipe)
-    side = _fit_image_size(transformer, vae, recipe.model.image_size)
-    negative_condition = _negative_condition(recipe, ta_tok)
+    fit_condition(transformer, ta_tok.hidden_size, recipe)
+    side = fit_image_size(transformer, vae, recipe.model.image_size)
+    negative_condition = make_negative_condition(recipe, ta_tok)
 
     transformer.requires_grad_(recipe.model.trainable == "all")
     for name, parameter in transformer.named_parameters():
@@ -548,146 +550,14 @@ def build(recipe: DiffusionDeTokRecipe) -> DiffusionDeTokTrainer:
         recipe=recipe,
         vae=vae,
         noise_scheduler=noise_scheduler,
-        flow_shift=_flow_shift(noise_scheduler) if recipe.flow_shift is None else recipe.flow_shift,
+        flow_shift=flow_shift_of(noise_scheduler) if recipe.flow_shift is None else recipe.flow_shift,
         latent_shape=latent_shape,
         guidance_scale=float(recipe.model.guidance_scale or settings.get("default_guidance_scale", 4.0)),
     )
 
 
-def load_base(base: str | Path) -> tuple[SanaTransformer2DModel, AutoencoderDC, SchedulerMixin]:
-    """Transformer and VAE in float32, and the scheduler, of a `SanaPipeline` or a `TarDiffusionDeTokPipeline`."""
-    name = (check_sana("model.base", base).get("scheduler") or (None, None))[1]
-    scheduler_class = getattr(diffusers, str(name), None)
-    if scheduler_class is None:
-        raise RecipeError(f"{base} must have a scheduler of diffusers, got {name}")
-    scheduler = scheduler_class.from_pretrained(base, subfolder="scheduler")
-    prediction = scheduler.config.get("prediction_type", "flow_prediction")  # flow schedulers have no other
-    if prediction != "flow_prediction":
-        raise RecipeError(f"{base} must have a scheduler for flow_prediction, got one for {prediction}")
-    return (
-        SanaTransformer2DModel.from_pretrained(base, subfolder="transformer", torch_dtype=torch.float32),
-        AutoencoderDC.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32),
-        scheduler,
-    )
-
-
-def make_base(recipe: DiffusionDeTokRecipe, width: int) -> tuple[SanaTransformer2DModel, AutoencoderDC, SchedulerMixin]:
-    """As `load_base`, a new transformer for conditions of a width, the VAE that the recipe names, a new scheduler."""
-    model = recipe.model
-    try:
-        name = AutoencoderDC.load_config(model.vae).get("_class_name")
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"model.vae {model.vae} cannot be read: {one_line(error)}") from error
-    if name != "AutoencoderDC":
-        raise RecipeError(f"model.vae {model.vae} must hold an AutoencoderDC, got {name}")
-    vae = AutoencoderDC.from_pretrained(model.vae, torch_dtype=torch.float32)
-    channels, factor = vae.config.latent_channels, vae.spatial_compression_ratio
-    heads = {name: inspect.signature(SanaTransformer2DModel).parameters[name].default for name in HEADS} | model.config
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        transformer = SanaTransformer2DModel(
-            **model.config,
-            in_channels=channels,
-            out_channels=channels,
-            caption_channels=width,
-            cross_attention_dim=heads["num_attention_heads"] * heads["attention_head_dim"],
-            sample_size=max(1, model.image_size // factor),  # `_fit_image_size` says what is wrong with another
-        )
-    shift = FLOW_SHIFT if recipe.flow_shift is None else float(recipe.flow_shift)
-    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
-    return transformer, vae, scheduler
-
-
 def _quantizer(ta_tok) -> nn.Module:
     return TATokModel.from_pretrained(ta_tok, has_encoder=False, has_decoder=False).quantizer
-
-
-def _fit_condition(transformer, width, recipe):
-    """Gives the transformer a fresh projection where the recipe says so; it must take features of this width then."""
-    if recipe.model.new_caption_projection:
-        hidden_size = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            transformer.caption_projection = PixArtAlphaTextProjection(width, hidden_size)
-        transformer.register_to_config(caption_channels=width)
-    elif transformer.config.caption_channels != width:
-        raise RecipeError(
-            f"{recipe.model.base} takes conditions of width {transformer.config.caption_channels}, but the features of "
-            f"{recipe.model.ta_tok} have {width}: model.new_caption_projection=true makes a projection of that width"
-        )
-
-
-def _fit_image_size(transformer, vae, image_size) -> int:
-    """Side of the latents. The transformer's configuration, which says what size is drawn, follows the recipe."""
-    factor, multiple = vae.spatial_compression_ratio, vae.spatial_compression_ratio * transformer.config.patch_size
-    if image_size is None:
-        return transformer.config.sample_size
-    if image_size < 1 or image_size % multiple:
-        raise RecipeError(f"model.image_size must be a positive multiple of {multiple}, got {image_size}")
-    side = image_size // factor
-    if side != transformer.config.sample_size:
-        if transformer.config.interpolation_scale is not None:
-            raise RecipeError(
-                f"this SANA has embeddings of positions for {transformer.config.sample_size * factor} pixels, and "
-                f"model.image_size is {image_size}: leave it out"
-            )
-        transformer.register_to_config(sample_size=side)
-    return side
-
-
-def _negative_condition(recipe, ta_tok) -> NegativeCondition:
-    features = _negative_features(recipe.model)
-    if features is None:
-        if recipe.model.negative == "given":
-            raise RecipeError(
-                f"{recipe.model.base or 'a new SANA'} has no negative condition to be given: name one as "
-                "model.negative_condition, or choose model.negative=learned"
-            )
-        generator = torch.Generator().manual_seed(recipe.seed)
-        tokens = ta_tok.num_tokens(min(ta_tok.scales))
-        features = NEGATIVE_STD * torch.randn(tokens, ta_tok.hidden_size, generator=generator)
-    if features.shape[1] != ta_tok.hidden_size:
-        raise RecipeError(
-            f"the negative condition must have the width of the features, {ta_tok.hidden_size}, got "
-            f"{features.shape[1]}: name another as model.negative_condition"
-        )
-    negative_condition = NegativeCondition(*features.shape)
-    negative_condition.load_state_dict({"features": features})
-    return negative_condition
-
-
-def _negative_features(model) -> torch.Tensor | None:
-    """The negative condition (n, C) that the recipe names, or the base's own, or `None`."""
-    source = model.negative_condition
-    if source is None and model.base is not None:
-        has_one = (DiffusionPipeline.load_config(model.base).get("negative_condition") or (None,))[0] is not None
-        source = model.base if has_one else None
-    if source is None:
-        return None
-    if Path(source).suffix == ".safetensors":
-        tensors = list(load_file(source).values())
-        if len(tensors) != 1 or tensors[0].ndim != 2:
-            raise RecipeError(
-                f"{source} must hold one tensor (tokens, width), got {len(tensors)}, the first of the shape "
-                f"{tuple(tensors[0].shape) if tensors else None}"
-            )
-        return tensors[0]
-    if Path(source).is_file():
-        return read_negative_condition(source).features.detach()
-    try:
-        return NegativeCondition.from_pretrained(source, subfolder="negative_condition").features.detach()
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"model.negative_condition {source} must be a .safetensors or .pth file or a TarDiffusionDeTokPipeline: "
-            f"{one_line(error)}"
-        ) from error
-
-
-def _flow_shift(scheduler) -> float:
-    for name in ("flow_shift", "shift"):  # of DPM-Solver and of Euler's method
-        if scheduler.config.get(name) is not None:
-            return float(scheduler.config[name])
-    raise RecipeError(f"{type(scheduler).__name__} has no flow_shift: say it in the recipe")
 
 
 def _part(state_dict, prefix):
