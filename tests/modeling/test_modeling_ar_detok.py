@@ -291,6 +291,8 @@ def test_detokenize_is_generate_and_decode(tiny):
     pixels = tiny.detokenize(condition_of(), generator=generators(0, 1), guidance_scale=2.0)
     ids = tiny.generate(condition_of(), generator=generators(0, 1), guidance_scale=2.0)
     assert torch.equal(pixels, tiny.decode_ids(ids).clamp(0, 1)) and pixels.shape == (2, 3, 8, 8)
+    assert torch.equal(tiny.decode_ids(ids), torch.cat([tiny.decode_ids(row) for row in ids.split(1)]))
+    assert tiny.decode_ids(ids[:0]).shape == (0, 3, 8, 8)
     assert not pixels.requires_grad
 
 

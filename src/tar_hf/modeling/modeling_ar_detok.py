@@ -606,7 +606,9 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"ids must be in 0..{self.config.vocab_size - 1}, got {ids.min().item()}..{ids.max().item()}"
             )
-        return self.vqvae.decode(ids.long()) * 0.5 + 0.5
+        # On a CPU one after another: a batch is slower, and needs its memory.
+        parts = ids.long().split(1 if ids.device.type == "cpu" else max(1, len(ids)))
+        return torch.cat([self.vqvae.decode(part) for part in parts]) * 0.5 + 0.5
 
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.FloatTensor) -> torch.LongTensor:

@@ -68,7 +68,7 @@ def check_packable(linear: nn.Linear):
 
 def pack_linears(model: nn.Module) -> nn.Module:
     """
-    Packs the weights of a model's linear layers, in place and one by one, so that memory stays what it is.
+    Packs the weights of a model's linear layers, in place and one by one, so that not all are there twice.
 
     For inference on a CPU. Results are the same but for rounding. The output layer stays plain: a language model reads
     the rows of its codes alone, and it may be tied to the input.
