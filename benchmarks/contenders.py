@@ -131,10 +131,9 @@ def llm(options):
     """One code of an image, against the library's own generation with the whole output layer."""
     from tar_hf import TarPipeline
 
-    pipe = TarPipeline.from_pretrained(options["folder"], dtype=getattr(torch, options["dtype"]), **int8(options))
+    settings = {"dtype": getattr(torch, options["dtype"]), "pack": options["pack"], **int8(options)}
+    pipe = TarPipeline.from_pretrained(options["folder"], **settings)
     model = pipe.to(options["device"]).model
-    if options["pack"]:
-        pack_linears(model)
     row = pipe._prompt_ids([("user", "A photo of a macaw")], [], drawing=options["scale"])
     uniform = torch.rand(options["batch"], STEPS + 1)
     sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 1200}
@@ -182,7 +181,8 @@ def whole(options):
 
     from tar_hf import TarPipeline
 
-    pipe = TarPipeline.from_pretrained(options["folder"], dtype=getattr(torch, options["dtype"])).to(options["device"])
+    settings = {"dtype": getattr(torch, options["dtype"]), "pack": options["pack"]}
+    pipe = TarPipeline.from_pretrained(options["folder"], **settings).to(options["device"])
     photo = Image.linear_gradient("L").convert("RGB")
     generator = torch.Generator(options["device"])
     prompt, scale = "a red circle", options["scale"]

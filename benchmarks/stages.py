@@ -35,6 +35,7 @@ VARIED = {
     "load": (),
     "whole": ("batch", "scale"),
 }
+OF_STAGES = {"compile": ("ta-tok", "ar-detok"), "int8": ("ar-detok", "llm"), "pack": ("ar-detok", "llm", "whole")}
 
 
 class Contender:
@@ -195,6 +196,9 @@ def main():
     arguments = parser.parse_args()
     if bool(arguments.original) != bool(arguments.original_python) or arguments.original and not arguments.sources:
         parser.error("--original, --original-python and --sources go together")
+    for option, stages in OF_STAGES.items():
+        if getattr(arguments, option) and arguments.stage not in stages:
+            parser.error(f"--{option} is for {', '.join(stages)}")
     varied = [name for name in VARIED[arguments.stage] if getattr(arguments, name)]
     rows = []
     for values in itertools.product(*(getattr(arguments, name) for name in varied)):

@@ -24,7 +24,8 @@ def stages(*arguments):
         ("ar-detok", "detokenizer", ["--tokens", "81", "--batch", "1", "2"], AR_DETOK),
         ("ar-detok", "detokenizer", ["--tokens", "81", "--grid", "3", "--window", "4"], ["window of 4", *AR_DETOK]),
         ("ar-detok", "detokenizer", ["--tokens", "81", "--int8"], AR_DETOK),
-        ("llm", "", [], ["code", "code by model.generate"]),
+        ("ar-detok", "detokenizer", ["--tokens", "81", "--pack"], AR_DETOK),
+        ("llm", "", ["--pack"], ["code", "code by model.generate"]),
         ("load", "ta_tok", [], ["load"]),
         ("whole", "", ["--scale", "3"], ["picture", "description"]),
     ],
@@ -41,6 +42,11 @@ def test_a_stage_is_timed(stage, part, options, cases, tar_repo, tmp_path):
         assert row["tar-hf_peak_bytes"] > 2**26 and row["runs"] == 2
         assert f"| {row['case']} |" in run.stdout
     assert "times_floor" in rows[0] or stage == "whole"
+
+
+def test_options_are_of_some_stages():
+    run = stages("ta-tok", "--folder", "ta-tok", "--pack")
+    assert run.returncode == 2 and "--pack is for ar-detok, llm, whole" in run.stderr
 
 
 def test_the_original_takes_three_options():
