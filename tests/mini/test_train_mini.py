@@ -44,7 +44,7 @@ def steps(folder):
 
 
 @pytest.mark.slow
-def test_all_stages_of_tiny_models(tmp_path, monkeypatch):
+def test_all_stages_of_tiny_models(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     calls, out = [], tmp_path / "out"
     folder = train_mini(out, smoke=True, callback=lambda *call: calls.append(call))
@@ -64,6 +64,9 @@ def test_all_stages_of_tiny_models(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_start", None)
     assert train_mini(out, smoke=True, callback=lambda *call: calls.append(call)) == folder
     assert [call[:2] for call in calls] == [(name, "passed before") for name in STAGES]
+    capsys.readouterr()
+    assert main(["train", "mini", str(out), "--smoke", "--only", "vq"]) == 0
+    assert capsys.readouterr().out.startswith("vq: passed before, reconstruction 0")
     assert gates(out) == found
     with pytest.raises(RecipeError, match=r"out/ar-detok.yaml says something else about model than .*recipes/ar-detok"):
         train_mini(out)

@@ -31,7 +31,7 @@ def run(arguments):
     if arguments.only is not None and len(arguments.only) == 1:
         if not sys.stderr.isatty():
             hide_loading_bars()
-        run_stage(output, arguments.only[0], arguments.smoke)
+        run_stage(output, arguments.only[0], arguments.smoke, _show)
         return
     folder = train_mini(output, arguments.smoke, arguments.only, _show, arguments.diffusion)
     if folder.is_dir():

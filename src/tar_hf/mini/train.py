@@ -100,16 +100,17 @@ def train_mini(
     return output / RESULT
 
 
-def run_stage(output: str | Path, name: str, smoke: bool = False) -> dict:
+def run_stage(output: str | Path, name: str, smoke: bool = False, callback: Progress | None = None) -> dict:
     """
     Runs one stage in this process, with `output` as the working directory, and its gate.
 
-    Returns what `gates.json` says of it; raises as `train_mini` does.
+    Returns what `gates.json` says of it; raises as `train_mini` does. `callback` hears of one that passed before.
     """
     output, stage = Path(output).resolve(), ALL_STAGES[name]
     copy_recipes(output, smoke, name in DIFFUSION_STAGES)
     gates = _gates(output)
     if gates.get(name, {}).get("passed"):
+        _report(callback, name, "passed before", gates[name])
         return gates[name]
     if missing := [need for need in stage.needs if not gates.get(need, {}).get("passed")]:
         raise StageError(f"stage {name} needs {', '.join(missing)}, not done yet in {output}: run that first")
