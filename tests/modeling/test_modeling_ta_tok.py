@@ -74,6 +74,18 @@ def test_image_depends_on_nothing_else_in_the_batch(published, pixels):
     assert torch.equal(both.flip(0), published.encode(pixels.flip(0)))
 
 
+def test_many_images_are_encoded_a_few_at_a_time(tiny):
+    pixels = random_pixels(batch=9)
+    sizes = []
+    hook = tiny.encoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    codes = tiny.encode(pixels)
+    hook.remove()
+    assert sizes == [4, 4, 1]
+    assert torch.equal(codes, tiny(pixels).codes)
+    with pytest.raises(ValueError, match=r"got \(9, 3, 4, 4\)"):
+        tiny.encode(pixels[..., :4, :4])
+
+
 def test_encode_runs_no_decoder(published, pixels, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("the decoder ran")

@@ -31,6 +31,8 @@ from transformers import initialization as init
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
+ENCODED_TOGETHER = 4  # images on a CPU: more are no faster, and each takes 70 MB of its own at full size
+
 
 @strict
 class TATokConfig(PreTrainedConfig):
@@ -512,7 +514,10 @@ class TATokModel(TATokPreTrainedModel):
         Raises:
             `ValueError`: an unsupported scale, pixels of another shape, or sampling options that cannot apply.
         """
-        pre_quantized, _ = self._pre_quantize(pixel_values, scale)
+        self._check_pixels(pixel_values, scale)
+        on_cpu = pixel_values.device.type == "cpu"
+        parts = pixel_values.split(ENCODED_TOGETHER if on_cpu else max(1, len(pixel_values)))
+        pre_quantized = torch.cat([self._pre_quantize(part, scale)[0] for part in parts])
         return self._quantize(pre_quantized, do_sample, temperature, generator)[0]
 
     def decode(self, codes: torch.LongTensor) -> torch.FloatTensor:
@@ -579,6 +584,7 @@ class TATokModel(TATokPreTrainedModel):
             `ValueError`: as in `encode`, or teacher's features of another shape than the features.
         """
         self._require("decoder")
+        self._check_pixels(pixel_values, scale)
         pre_quantized, encoder_outputs = self._pre_quantize(pixel_values, scale, **kwargs)
         codes, z = self._quantize(pre_quantized, do_sample, temperature, generator)
         vectors = self.quantizer.lookup(codes)
@@ -631,7 +637,7 @@ class TATokModel(TATokPreTrainedModel):
         if not hasattr(self, half):
             raise ValueError(f"this TA-Tok was loaded without its {half} (has_{half}=False)")
 
-    def _pre_quantize(self, pixel_values, scale, **kwargs):
+    def _check_pixels(self, pixel_values, scale):
         self._require("encoder")
         self.config.num_tokens(scale)  # raises for an unsupported scale before any work
         expected = (self.config.encoder_config.num_channels, self.config.image_size, self.config.image_size)
@@ -640,6 +646,8 @@ class TATokModel(TATokPreTrainedModel):
                 f"pixel_values must have the shape (batch, {', '.join(map(str, expected))}), got "
                 f"{tuple(pixel_values.shape)}; TATokImageProcessor resizes images to it"
             )
+
+    def _pre_quantize(self, pixel_values, scale, **kwargs):
         encoder_outputs = self.encoder(pixel_values, **kwargs)
         return self.encode_head(self.pool(encoder_outputs.last_hidden_state, scale)), encoder_outputs
 
