@@ -220,9 +220,9 @@ def products(linears, rows):
     for linear in linears:
         if isinstance(linear, PackedLinear):
             linear(torch.zeros(rows, linear.in_features, dtype=linear.dtype))
-            continue
-        weight = linear.weight
-        F.linear(torch.zeros(rows, weight.shape[1], dtype=weight.dtype, device=weight.device), weight)
+        else:
+            weight = linear.weight
+            F.linear(torch.zeros(rows, weight.shape[1], dtype=weight.dtype, device=weight.device), weight)
 
 
 STAGES = {"ta-tok": ta_tok, "ar-detok": ar_detok, "llm": llm, "load": load, "whole": whole}

@@ -6,7 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderDC,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SanaTransformer2DModel,
+)
 from diffusers.callbacks import PipelineCallback
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -451,6 +456,26 @@ class TestComponents:
         assert loaded.config.condition_positions == 0, "published repositories do not know them"
         with pytest.raises(ValueError, match="a square grid, which 80 tokens do not fill"):
             placed(features=torch.zeros(1, 80, 48))
+
+    def test_places_are_those_of_the_latents(self):
+        """A grid as fine as the latents' gets the very sines that these have; a coarser one every other."""
+        transformer = SanaTransformer2DModel(
+            in_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=1,
+            caption_channels=16,
+            cross_attention_dim=16,
+            sample_size=6,
+            interpolation_scale=1,
+        )
+        sines = transformer.patch_embed.pos_embed
+        fine, coarse = torch.randn(2, 36, 16, generator=seeded()), torch.zeros(1, 9, 16)
+        torch.testing.assert_close(add_places(fine, 0.5, transformer.config), fine + 0.5 * sines)
+        every_other = sines.unflatten(1, (6, 6))[:, ::2, ::2].flatten(1, 2)
+        torch.testing.assert_close(add_places(coarse, 2.0, transformer.config), 2 * every_other)
+        assert add_places(coarse, 0.0, transformer.config) is coarse
+        assert add_places(fine.bfloat16(), 1.0, transformer.config).dtype == torch.bfloat16
 
     def test_guidance_by_default(self, loaded, pipe, features):
         """4, as published, unless the repository says something else."""

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 
@@ -167,3 +168,92 @@ def alone(stage_recipe, tmp_path_factory):
         return made[stage, overrides]
 
     return train
+
+
+@pytest.fixture(scope="session")
+def sana_pictures(tmp_path_factory):
+    """A folder of four pictures, each of one colour, the last two with a stripe of noise."""
+    import datasets
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    names = []
+    for i, colour in enumerate([(220, 30, 40), (20, 40, 200), (240, 240, 230), (10, 120, 30)]):
+        pixels = np.full((40, 48, 3), colour, dtype=np.uint8)
+        if i > 1:
+            pixels[16:24] = noise.integers(0, 256, (8, 48, 3))
+        names.append(f"{i}.png")
+        Image.fromarray(pixels).save(folder / names[-1])
+    datasets.Dataset.from_list([{"image": name} for name in names]).to_json(folder / "rows.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sana_rows(sana_pictures, ta_tok_repo, diffusion_detok_repo, tmp_path_factory):
+    """The four pictures, pre-tokenised."""
+    from tar_hf.training.pretokenize import pretokenize
+    from tar_hf.training.recipe import SourceRecipe
+
+    folder = tmp_path_factory.mktemp("rows") / "rows"
+    source = SourceRecipe(str(sana_pictures / "rows.jsonl"))
+    pretokenize(source, folder, ta_tok=ta_tok_repo(), diffusion_detok=diffusion_detok_repo(), device="cpu")
+    return folder
+
+
+@pytest.fixture
+def sana_recipe(tmp_path, sana_rows, ta_tok_repo, diffusion_detok_repo):
+    """Gives a function that makes a SANA's recipe of six steps, with a save after three; `key=value` changes it."""
+    from tar_hf.training.diffusion_detok import DiffusionDeTokRecipe
+    from tar_hf.training.recipe import load_recipe
+
+    def recipe(*overrides, output="out", **training):
+        defaults = {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1}
+        defaults |= {"disable_tqdm": True, "use_cpu": True}
+        content = {
+            "output_dir": str(tmp_path / output),
+            "model": {"base": str(diffusion_detok_repo()), "ta_tok": str(ta_tok_repo())},
+            "data": {"sources": [{"path": str(sana_rows)}]},
+            "training": {**defaults, **training},
+        }
+        return load_recipe(DiffusionDeTokRecipe, content, overrides)
+
+    return recipe
+
+
+@pytest.fixture
+def text_sana(golden, tmp_path):
+    """A `SanaPipeline` whose transformer takes embeddings of width 40, with no negative condition."""
+    import torch
+    from diffusers import SanaPipeline, SanaTransformer2DModel
+
+    folder = tmp_path / "sana"
+    shutil.copytree(golden / "published" / "sana", folder)
+    config = SanaTransformer2DModel.load_config(folder, subfolder="transformer")
+    torch.manual_seed(0)
+    SanaTransformer2DModel.from_config({**config, "caption_channels": 40}).save_pretrained(folder / "transformer")
+    SanaPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None)
+    return folder
+
+
+@pytest.fixture
+def new_sana_recipe(sana_recipe, diffusion_detok_repo):
+    """As `sana_recipe`, for a new SANA with the golden VAE."""
+    config = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 8,
+        "num_layers": 1,
+        "interpolation_scale": 1,
+    }
+    new = {
+        "base": None,
+        "config": config,
+        "vae": str(diffusion_detok_repo() / "vae"),
+        "image_size": 32,
+        "trainable": "all",
+    }
+    new = [f"model.{key}={json.dumps(value)}" for key, value in new.items()]
+    return lambda *overrides, **options: sana_recipe(*new, *overrides, **options)

@@ -1,27 +1,21 @@
 """The diffusion de-tokenizer's stage, on the golden SANA of two layers that draws 32 x 32 pixels."""
 
-import json
 import math
 import random
 import shutil
 
 import datasets
 import diffusers
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import AutoencoderDC, DDPMScheduler, DiffusionPipeline, SanaPipeline, SanaTransformer2DModel
-from PIL import Image
-from safetensors.torch import save_file
+from diffusers import AutoencoderDC, DiffusionPipeline, SanaTransformer2DModel
 
 from tar_hf import TarDiffusionDeTokPipeline, TarPipeline, TATokImageProcessor, TATokModel
 from tar_hf.cli.train import RECIPES
 from tar_hf.modeling.modeling_negative_condition import NegativeCondition
-from tar_hf.pipelines.pipeline_tar_diffusion_detok import add_places
 from tar_hf.training import diffusion_detok as stage
-from tar_hf.training.pretokenize import pretokenize
-from tar_hf.training.recipe import RecipeError, SourceRecipe, load_recipe
+from tar_hf.training.recipe import RecipeError, load_recipe
 from tar_hf.training.rows import BadRow, Row
 
 SHAPE = (4, 16, 16)  # of the latents
@@ -34,52 +28,9 @@ def seeded(seed=0):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A folder of four pictures, each of one colour, the last two with a stripe of noise."""
-    folder = tmp_path_factory.mktemp("pictures")
-    noise = np.random.default_rng(0)
-    names = []
-    for i, colour in enumerate([(220, 30, 40), (20, 40, 200), (240, 240, 230), (10, 120, 30)]):
-        pixels = np.full((40, 48, 3), colour, dtype=np.uint8)
-        if i > 1:
-            pixels[16:24] = noise.integers(0, 256, (8, 48, 3))
-        names.append(f"{i}.png")
-        Image.fromarray(pixels).save(folder / names[-1])
-    datasets.Dataset.from_list([{"image": name} for name in names]).to_json(folder / "rows.jsonl")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def rows_folder(pictures, ta_tok_repo, diffusion_detok_repo, tmp_path_factory):
-    """The four pictures, pre-tokenised."""
-    folder = tmp_path_factory.mktemp("rows") / "rows"
-    source = SourceRecipe(str(pictures / "rows.jsonl"))
-    pretokenize(source, folder, ta_tok=ta_tok_repo(), diffusion_detok=diffusion_detok_repo(), device="cpu")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def encoded(rows_folder):
+def encoded(sana_rows):
     """The rows of the four pictures."""
-    return [row for file in sorted(rows_folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
-
-
-@pytest.fixture
-def make(tmp_path, rows_folder, ta_tok_repo, diffusion_detok_repo):
-    """Gives a function that makes a recipe of six steps, with a save after three; `key=value` changes it."""
-
-    def recipe(*overrides, output="out", **training):
-        defaults = {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1}
-        defaults |= {"disable_tqdm": True, "use_cpu": True}
-        content = {
-            "output_dir": str(tmp_path / output),
-            "model": {"base": str(diffusion_detok_repo()), "ta_tok": str(ta_tok_repo())},
-            "data": {"sources": [{"path": str(rows_folder)}]},
-            "training": {**defaults, **training},
-        }
-        return load_recipe(stage.DiffusionDeTokRecipe, content, overrides)
-
-    return recipe
+    return [row for file in sorted(sana_rows.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
 
 
 def losses(trainer):
@@ -114,9 +65,9 @@ def random_inputs(rows, tokens, dropped):
 # What is learned
 
 
-def test_it_overfits_two_pictures_that_only_the_features_tell_apart(make, encoded, tmp_path):
+def test_it_overfits_two_pictures_that_only_the_features_tell_apart(sana_recipe, encoded, tmp_path):
     datasets.Dataset.from_list(encoded[:2]).to_parquet(tmp_path / "two.parquet")
-    recipe = make(
+    recipe = sana_recipe(
         f"data.sources.0.path={tmp_path / 'two.parquet'}",
         f"data.eval_sources=[{{path: {tmp_path / 'two.parquet'}}}]",
         "model.trainable=all",
@@ -184,8 +135,8 @@ def test_timesteps_follow_the_transformers_scale(diffusion_detok_repo, monkeypat
     torch.testing.assert_close(seen[0], inputs["sigmas"])
 
 
-def test_noise_levels_are_shifted(make):
-    trainer = stage.build(make())
+def test_noise_levels_are_shifted(sana_recipe):
+    trainer = stage.build(sana_recipe())
     sigmas = trainer.draw(4000)["sigmas"]
     u = sigmas / (3 - 2 * sigmas)  # back through the scheduler's shift of 3
     assert torch.logit(u).mean().item() == pytest.approx(0, abs=0.06)
@@ -196,7 +147,7 @@ def test_noise_levels_are_shifted(make):
     assert torch.logit(u).mean().item() == pytest.approx(1, abs=0.12)
     assert torch.logit(u).std().item() == pytest.approx(2, abs=0.12)
 
-    trainer = stage.build(make("timestep_sampling=uniform", "flow_shift=1"))
+    trainer = stage.build(sana_recipe("timestep_sampling=uniform", "flow_shift=1"))
     sigmas = trainer.draw(4000)["sigmas"]
     assert sigmas.mean().item() == pytest.approx(1 / 2, abs=0.02)
     assert sigmas.std().item() == pytest.approx(math.sqrt(1 / 12), abs=0.02)
@@ -233,8 +184,8 @@ def test_it_compiles_as_one_graph(diffusion_detok_repo):
         torch.testing.assert_close(compiled(**inputs)["loss"], module(**inputs)["loss"])
 
 
-def test_conditions_are_dropped_as_often_as_the_recipe_says(make):
-    trainer = stage.build(make())
+def test_conditions_are_dropped_as_often_as_the_recipe_says(sana_recipe):
+    trainer = stage.build(sana_recipe())
     assert trainer.draw(4000)["dropped"].float().mean().item() == pytest.approx(0.1, abs=0.02)
     trainer.recipe.condition_drop = 1.0
     assert trainer.draw(100)["dropped"].all()
@@ -252,8 +203,8 @@ def test_the_negative_condition_has_a_gradient_in_every_step(diffusion_detok_rep
 
 
 @pytest.mark.parametrize("how", ["learned", "given"])
-def test_only_what_the_recipe_names_is_trained(make, how, diffusion_detok_repo):
-    output = stage.train(make(f"model.negative={how}", "condition_drop=0.5", max_steps=2))
+def test_only_what_the_recipe_names_is_trained(sana_recipe, how, diffusion_detok_repo):
+    output = stage.train(sana_recipe(f"model.negative={how}", "condition_drop=0.5", max_steps=2))
     before = TarDiffusionDeTokPipeline.from_pretrained(diffusion_detok_repo())
     after = TarDiffusionDeTokPipeline.from_pretrained(output)
     changed = set()
@@ -271,8 +222,8 @@ def test_only_what_the_recipe_names_is_trained(make, how, diffusion_detok_repo):
     assert dict(after.scheduler.config) == {**before.scheduler.config, "_diffusers_version": diffusers.__version__}
 
 
-def test_the_optimizer_holds_what_is_trained(make):
-    trainer = stage.build(make("model.negative=given"))
+def test_the_optimizer_holds_what_is_trained(sana_recipe):
+    trainer = stage.build(sana_recipe("model.negative=given"))
     trainer.create_optimizer()
     held = {id(weight) for group in trainer.optimizer.param_groups for weight in group["params"]}
     assert held == {id(weight) for weight in trainer.model.parameters() if weight.requires_grad}
@@ -280,90 +231,13 @@ def test_the_optimizer_holds_what_is_trained(make):
     assert (arguments.learning_rate, arguments.lr_scheduler_type, arguments.max_grad_norm) == (1e-4, "constant", 0.1)
 
 
-@pytest.mark.parametrize("form", ["safetensors", "pth", "folder"])
-def test_the_negative_condition_may_come_from_elsewhere(make, form, tmp_path):
-    features = torch.randn(30, WIDTH, generator=seeded())
-    source = tmp_path / f"negative.{form}"
-    if form == "safetensors":
-        save_file({"features": features}, source)
-    elif form == "pth":
-        torch.save(features[None], source)
-    else:
-        condition = NegativeCondition(*features.shape)
-        condition.load_state_dict({"features": features})
-        condition.save_pretrained(source / "negative_condition")
-    trainer = stage.build(make(f"model.negative_condition={source}", "model.negative=given"))
-    assert trainer.model.negative_condition().equal(features)
-
-
-# From a SANA that reads text
-
-
-@pytest.fixture
-def text_sana(golden, tmp_path):
-    """A `SanaPipeline` whose transformer takes embeddings of width 40, with no negative condition."""
-    folder = tmp_path / "sana"
-    shutil.copytree(golden / "published" / "sana", folder)
-    config = SanaTransformer2DModel.load_config(folder, subfolder="transformer")
-    torch.manual_seed(0)
-    SanaTransformer2DModel.from_config({**config, "caption_channels": 40}).save_pretrained(folder / "transformer")
-    SanaPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None)
-    return folder
-
-
-def test_a_text_sana_gets_a_new_projection(make, text_sana):
-    with pytest.raises(RecipeError, match="width 40, but the features of .* have 48: model.new_caption_projection"):
-        stage.build(make(f"model.base={text_sana}"))
-    recipe = make(f"model.base={text_sana}", "model.new_caption_projection=true", max_steps=1)
-    trainer = stage.build(recipe)
-    weights = trainer.model.transformer.caption_projection.linear_1.weight.clone()
-    assert weights.equal(stage.build(recipe).model.transformer.caption_projection.linear_1.weight)
-    negative = trainer.model.negative_condition()
-    assert negative.shape == (729, WIDTH) and negative.std().item() == pytest.approx(0.02, rel=0.05)
-    stage.run(trainer)
-    pipe = TarDiffusionDeTokPipeline.from_pretrained(recipe.output_dir)
-    assert pipe.condition_size == WIDTH and pipe.negative_condition().shape == (729, WIDTH)
-    weights -= pipe.transformer.caption_projection.linear_1.weight
-    assert 0 < weights.abs().max() < 1e-3, "one step away from where it started"
-
-
-def test_nothing_can_be_given_by_a_base_without_a_negative_condition(make, text_sana):
-    options = [f"model.base={text_sana}", "model.new_caption_projection=true", "model.negative=given"]
-    with pytest.raises(RecipeError, match="has no negative condition to be given: name one"):
-        stage.build(make(*options))
-
-
 # A new SANA
 
 
-NEW = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "num_cross_attention_heads": 2,
-    "cross_attention_head_dim": 8,
-    "num_layers": 1,
-    "interpolation_scale": 1,
-}
-
-
-@pytest.fixture
-def make_new(make, diffusion_detok_repo):
-    """As `make`, for a new SANA with the golden VAE."""
-    new = {
-        "base": None,
-        "config": NEW,
-        "vae": str(diffusion_detok_repo() / "vae"),
-        "image_size": 32,
-        "trainable": "all",
-    }
-    new = [f"model.{key}={json.dumps(value)}" for key, value in new.items()]
-    return lambda *overrides, **options: make(*new, *overrides, **options)
-
-
-def test_a_new_sana_learns_and_draws(make_new, kill, tmp_path):
-    unbroken = run(make_new(output="unbroken"))
-    kill(stage.build(make_new()))
-    resumed = run(make_new())
+def test_a_new_sana_learns_and_draws(new_sana_recipe, kill, tmp_path):
+    unbroken = run(new_sana_recipe(output="unbroken"))
+    kill(stage.build(new_sana_recipe()))
+    resumed = run(new_sana_recipe())
     assert losses(resumed) == pytest.approx(losses(unbroken), abs=1e-6) and len(losses(unbroken)) == 6
     pipe = TarDiffusionDeTokPipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
@@ -372,19 +246,9 @@ def test_a_new_sana_learns_and_draws(make_new, kill, tmp_path):
     assert pipe.negative_condition().shape == (729, WIDTH)
     features = torch.randn(1, 81, WIDTH, generator=seeded())
     assert pipe(features=features, num_inference_steps=2, output_type="pt").images.shape == (1, 3, 32, 32)
-    start = stage.build(make_new(output="other")).model.transformer.state_dict()
+    start = stage.build(new_sana_recipe(output="other")).model.transformer.state_dict()
     changed = [name for name, weight in pipe.transformer.state_dict().items() if not weight.equal(start[name])]
     assert len(changed) > 0.9 * len(start), "all of it is trained"
-
-
-def test_a_new_sana_draws_with_the_published_scheduler(make_new, diffusion_detok_repo):
-    published = TarDiffusionDeTokPipeline.from_pretrained(diffusion_detok_repo()).scheduler
-    trainer = stage.build(make_new())
-    assert type(trainer.noise_scheduler) is type(published) and trainer.flow_shift == 3.0
-    new, old = ({k: v for k, v in s.config.items() if k[0] != "_"} for s in (trainer.noise_scheduler, published))
-    assert {name: (new[name], value) for name, value in old.items() if new[name] != value} == {}
-    trainer = stage.build(make_new("flow_shift=1"))
-    assert trainer.noise_scheduler.config.flow_shift == trainer.flow_shift == 1.0
 
 
 @pytest.mark.parametrize(
@@ -405,14 +269,14 @@ def test_a_new_sana_draws_with_the_published_scheduler(make_new, diffusion_detok
         ("model.condition_positions=-1", "model.condition_positions must be at least 0, got -1"),
     ],
 )
-def test_a_new_sana_that_cannot_be(make_new, override, message):
+def test_a_new_sana_that_cannot_be(new_sana_recipe, override, message):
     with pytest.raises(RecipeError, match=message):
-        stage.build(make_new(override))
+        stage.build(new_sana_recipe(override))
 
 
-def test_a_new_sana_may_learn_with_places(make_new, make, tmp_path):
+def test_a_new_sana_may_learn_with_places(new_sana_recipe, sana_recipe, tmp_path):
     """What it draws with is what it was trained with, also where it is trained on."""
-    placed = make_new(
+    placed = new_sana_recipe(
         "model.condition_positions=0.5",
         "model.guidance_scale=1.5",
         "scale_weights={3: 1}",
@@ -420,61 +284,37 @@ def test_a_new_sana_may_learn_with_places(make_new, make, tmp_path):
         max_steps=1,
     )
     trainer = run(placed)
-    without = run(make_new("scale_weights={3: 1}", output="without", max_steps=1))
+    without = run(new_sana_recipe("scale_weights={3: 1}", output="without", max_steps=1))
     assert losses(trainer) != pytest.approx(losses(without), abs=1e-4)
     assert DiffusionPipeline.load_config(tmp_path / "without")["condition_positions"] == 0
     config = TarDiffusionDeTokPipeline.from_pretrained(tmp_path / "placed").config
     assert (config.condition_positions, config.default_guidance_scale) == (0.5, 1.5)
-    further = stage.build(make(f"model.base={tmp_path / 'placed'}"))
+    further = stage.build(sana_recipe(f"model.base={tmp_path / 'placed'}"))
     assert (further.model.condition_positions, further.guidance_scale) == (0.5, 1.5)
     with pytest.raises(RecipeError, match="condition_positions is for a new SANA, and a base has its own"):
-        make("model.condition_positions=0.5")
-
-
-def test_places_are_those_of_the_latents():
-    """A grid as fine as the latents' gets the very sines that these have; a coarser one every other."""
-    transformer = SanaTransformer2DModel(
-        in_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=1,
-        caption_channels=16,
-        cross_attention_dim=16,
-        sample_size=6,
-        interpolation_scale=1,
-    )
-    sines = transformer.patch_embed.pos_embed
-    fine, coarse = torch.randn(2, 36, 16, generator=seeded()), torch.zeros(1, 9, 16)
-    torch.testing.assert_close(add_places(fine, 0.5, transformer.config), fine + 0.5 * sines)
-    every_other = sines.unflatten(1, (6, 6))[:, ::2, ::2].flatten(1, 2)
-    torch.testing.assert_close(add_places(coarse, 2.0, transformer.config), 2 * every_other)
-    assert add_places(coarse, 0.0, transformer.config) is coarse
-    assert add_places(fine.bfloat16(), 1.0, transformer.config).dtype == torch.bfloat16
-
-
-def test_a_new_sana_needs_a_dc_ae(make_new, diffusion_detok_repo):
-    with pytest.raises(RecipeError, match="must hold an AutoencoderDC, got SanaTransformer2DModel"):
-        stage.build(make_new(f"model.vae={diffusion_detok_repo() / 'transformer'}"))
+        sana_recipe("model.condition_positions=0.5")
 
 
 # Rows
 
 
-def test_pictures_are_encoded_as_beforehand(make, pictures):
+def test_pictures_are_encoded_as_beforehand(sana_recipe, sana_pictures):
     """The same losses from pictures, from codes and latents, and from one of each, but for the latents' 16 bits."""
-    known = losses(run(make("scale_weights={3: 1}", output="known", max_steps=2)))
-    fresh = losses(run(make("scale_weights={3: 1}", f"data.sources.0.path={pictures}/rows.jsonl", max_steps=2)))
+    known = losses(run(sana_recipe("scale_weights={3: 1}", output="known", max_steps=2)))
+    fresh = losses(
+        run(sana_recipe("scale_weights={3: 1}", f"data.sources.0.path={sana_pictures}/rows.jsonl", max_steps=2))
+    )
     assert fresh == pytest.approx(known, abs=1e-3)
 
 
-def test_rows_of_both_kinds_share_a_batch(make, pictures, encoded):
-    trainer = stage.build(make())
+def test_rows_of_both_kinds_share_a_batch(sana_recipe, sana_pictures, encoded):
+    trainer = stage.build(sana_recipe())
     example, known, fresh = trainer.train_dataset.transform, [], []
     for i, row in enumerate(encoded):
         codes = {scale: torch.tensor(row[f"codes_scale{scale}"][0]) for scale in TOKENS}
         latents = torch.tensor(row["latents"][0])
         known.append(example(Row([], codes=[codes], latents=[latents]), random.Random(0)))
-        fresh.append(example(Row([], images=[str(pictures / f"{i}.png")]), random.Random(0)))
+        fresh.append(example(Row([], images=[str(sana_pictures / f"{i}.png")]), random.Random(0)))
     mixed = stage.collate([known[0], fresh[1], {"codes": known[2]["codes"], "pixels": fresh[2]["pixels"]}, fresh[3]])
     whole = stage.collate(known)
     for scale in (1, 3):
@@ -507,8 +347,8 @@ def test_rows_that_do_not_fit(row, message):
             picture_example()(Row([], **{name: whole[name]}), random.Random(0))
 
 
-def test_loading_processes_read_rows(make, pictures):
-    trainer = stage.build(make(f"data.sources.0.path={pictures}/rows.jsonl", dataloader_num_workers=1))
+def test_loading_processes_read_rows(sana_recipe, sana_pictures):
+    trainer = stage.build(sana_recipe(f"data.sources.0.path={sana_pictures}/rows.jsonl", dataloader_num_workers=1))
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["pixels"].shape == (4, 3, 32, 32) and not batch["has_latents"].any()
     assert batch["pixel_values"].shape[:2] == (4, 3) and not batch["has_codes"].any()
@@ -517,12 +357,12 @@ def test_loading_processes_read_rows(make, pictures):
 # Runs
 
 
-def test_a_killed_run_goes_on_and_its_checkpoints_draw(make, kill, tar_repo, tmp_path):
-    unbroken = run(make(output="unbroken"))
+def test_a_killed_run_goes_on_and_its_checkpoints_draw(sana_recipe, kill, tar_repo, tmp_path):
+    unbroken = run(sana_recipe(output="unbroken"))
 
-    killed = stage.build(make())
+    killed = stage.build(sana_recipe())
     kill(killed)
-    resumed = stage.build(make())
+    resumed = stage.build(sana_recipe())
     assert not resumed.model.negative_condition().equal(killed.model.negative_condition())
     stage.run(resumed)
     assert losses(resumed) == pytest.approx(losses(unbroken), abs=1e-6) and len(losses(unbroken)) == 6
@@ -545,32 +385,32 @@ def test_a_killed_run_goes_on_and_its_checkpoints_draw(make, kill, tar_repo, tmp
         torch.testing.assert_close(pipe.detokenizer.transformer.state_dict()[name], weight, atol=1e-6, rtol=0)
 
 
-def test_accumulated_batches_are_one_batch(make):
-    whole = losses(run(make("condition_drop=0.5", output="whole", max_steps=3)))
-    parts = make("condition_drop=0.5", max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+def test_accumulated_batches_are_one_batch(sana_recipe):
+    whole = losses(run(sana_recipe("condition_drop=0.5", output="whole", max_steps=3)))
+    parts = sana_recipe("condition_drop=0.5", max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     assert losses(run(parts)) == pytest.approx(whole, abs=1e-5)
 
 
-def test_gradient_checkpointing_changes_no_loss(make):
-    plain = losses(run(make(output="plain", max_steps=3)))
-    trainer = run(make(max_steps=3, gradient_checkpointing=True))
+def test_gradient_checkpointing_changes_no_loss(sana_recipe):
+    plain = losses(run(sana_recipe(output="plain", max_steps=3)))
+    trainer = run(sana_recipe(max_steps=3, gradient_checkpointing=True))
     assert trainer.model.transformer.gradient_checkpointing
     assert losses(trainer) == pytest.approx(plain, abs=1e-5)
     with pytest.raises(ValueError, match="leave every_n_layers"):
         trainer.model.activation_checkpointing_enable(every_n_layers=2)
 
 
-def test_bfloat16_comes_close(make):
-    exact = losses(run(make("condition_drop=0.5", output="exact", max_steps=2)))
-    trainer = run(make("condition_drop=0.5", max_steps=2, bf16=True))
+def test_bfloat16_comes_close(sana_recipe):
+    exact = losses(run(sana_recipe("condition_drop=0.5", output="exact", max_steps=2)))
+    trainer = run(sana_recipe("condition_drop=0.5", max_steps=2, bf16=True))
     assert losses(trainer) == pytest.approx(exact, rel=0.02) and losses(trainer) != exact
     assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
 
 
-def test_the_best_checkpoint_is_loaded_in_the_end(make, rows_folder):
+def test_the_best_checkpoint_is_loaded_in_the_end(sana_recipe, sana_rows):
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 2, "learning_rate": 1e-3}
     options |= {"load_best_model_at_end": True, "greater_is_better": True, "per_device_eval_batch_size": 4}
-    trainer = run(make(f"data.eval_sources=[{{path: {rows_folder}}}]", **options))
+    trainer = run(sana_recipe(f"data.eval_sources=[{{path: {sana_rows}}}]", **options))
     best = trainer.state.best_model_checkpoint
     assert best.endswith("checkpoint-1"), "greater is called better, and the loss falls"
     saved = TarDiffusionDeTokPipeline.from_pretrained(best).transformer.state_dict()
@@ -578,9 +418,9 @@ def test_the_best_checkpoint_is_loaded_in_the_end(make, rows_folder):
         assert weight.equal(saved[name])
 
 
-def test_another_image_size_is_what_checkpoints_draw(make, pictures):
-    options = [f"data.sources.0.path={pictures}/rows.jsonl", "model.image_size=16", "scale_weights={3: 1}"]
-    output = stage.train(make(*options, max_steps=1))
+def test_another_image_size_is_what_checkpoints_draw(sana_recipe, sana_pictures):
+    options = [f"data.sources.0.path={sana_pictures}/rows.jsonl", "model.image_size=16", "scale_weights={3: 1}"]
+    output = stage.train(sana_recipe(*options, max_steps=1))
     pipe = TarDiffusionDeTokPipeline.from_pretrained(output)
     pipe.set_progress_bar_config(disable=True)
     features = torch.zeros(1, 81, WIDTH)
@@ -609,43 +449,12 @@ def test_another_image_size_is_what_checkpoints_draw(make, pictures):
         ("model.image_size=33", "model.image_size must be a positive multiple of 2, got 33"),
     ],
 )
-def test_options_that_cannot_be(make, override, message):
+def test_options_that_cannot_be(sana_recipe, override, message):
     with pytest.raises(RecipeError, match=message):
-        stage.build(make(override))
+        stage.build(sana_recipe(override))
 
 
-def test_a_base_that_predicts_noise_is_refused(make, text_sana):
-    DDPMScheduler().save_pretrained(text_sana / "scheduler")
-    index = text_sana / "model_index.json"
-    index.write_text(index.read_text().replace("DPMSolverMultistepScheduler", "DDPMScheduler"))
-    with pytest.raises(RecipeError, match="a scheduler for flow_prediction, got one for epsilon"):
-        stage.build(make(f"model.base={text_sana}"))
-
-
-def test_a_base_of_another_kind_is_refused(make, text_sana):
-    index = text_sana / "model_index.json"
-    index.write_text(index.read_text().replace("SanaTransformer2DModel", "UNet2DConditionModel"))
-    with pytest.raises(RecipeError, match="a SanaTransformer2DModel as its transformer, got UNet2DConditionModel"):
-        stage.build(make(f"model.base={text_sana}"))
-
-
-def test_a_negative_condition_of_another_width_is_refused(make, tmp_path):
-    save_file({"features": torch.zeros(30, 20)}, tmp_path / "negative.safetensors")
-    with pytest.raises(RecipeError, match="must have the width of the features, 48, got 20"):
-        stage.build(make(f"model.negative_condition={tmp_path}/negative.safetensors"))
-
-
-def test_a_ta_tok_without_scale_1(make, text_sana, ta_tok_repo, pictures, tmp_path):
-    ta_tok = TATokModel.from_pretrained(ta_tok_repo())
-    ta_tok.config.scales = [2, 3]
-    ta_tok.save_pretrained(tmp_path / "ta_tok")
-    TATokImageProcessor.from_pretrained(ta_tok_repo()).save_pretrained(tmp_path / "ta_tok")
-    options = [f"data.sources.0.path={pictures}/rows.jsonl", f"model.ta_tok={tmp_path}/ta_tok"]
-    options += [f"model.base={text_sana}", "model.new_caption_projection=true", "scale_weights={2: 1}"]
-    assert stage.build(make(*options)).model.negative_condition().shape == (169, WIDTH)
-
-
-def test_rows_of_another_model_are_refused(make, ta_tok_repo, diffusion_detok_repo, tmp_path):
+def test_rows_of_another_model_are_refused(sana_recipe, ta_tok_repo, diffusion_detok_repo, tmp_path):
     """Pre-tokenised by models of the same sizes, which nothing but the folder's manifest tells."""
     model = TATokModel.from_pretrained(ta_tok_repo())
     with torch.no_grad():
@@ -653,14 +462,14 @@ def test_rows_of_another_model_are_refused(make, ta_tok_repo, diffusion_detok_re
     model.save_pretrained(tmp_path / "ta_tok")
     TATokImageProcessor.from_pretrained(ta_tok_repo()).save_pretrained(tmp_path / "ta_tok")
     with pytest.raises(RecipeError, match=f"holds codes that {ta_tok_repo()} made, with other weights than"):
-        stage.build(make(f"model.ta_tok={tmp_path}/ta_tok"))
+        stage.build(sana_recipe(f"model.ta_tok={tmp_path}/ta_tok"))
     shutil.copytree(diffusion_detok_repo(), tmp_path / "base")
     vae = AutoencoderDC.from_pretrained(tmp_path / "base" / "vae")
     with torch.no_grad():
         vae.encoder.conv_in.weight += 0.01
     vae.save_pretrained(tmp_path / "base" / "vae")
     with pytest.raises(RecipeError, match=f"holds latents that {diffusion_detok_repo()} made"):
-        stage.build(make(f"model.base={tmp_path}/base"))
+        stage.build(sana_recipe(f"model.base={tmp_path}/base"))
 
 
 @pytest.mark.parametrize("size", [512, 1024])

@@ -146,7 +146,7 @@ class TarParts:
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         """Saves, checks that the folder loads without this package, uploads. `kwargs` are those of `push_folder`."""
-        try:  # as above: what is imported outside of a `try` must be there for the repository's code to load
+        try:  # what is imported outside of a `try` must be there for the repository's code to load
             from tar_hf.conversion.assemble import write_tar_card
             from tar_hf.conversion.publish import push_folder
         except ImportError as error:
@@ -260,12 +260,12 @@ class TarParts:
         return self._loaded[half]
 
     def _load_ta_tok(self, **kwargs):
-        options = {name: value for name, value in self._load_options.items() if name != "hub"}
+        options = self._part_options()
         model = AutoModel.from_pretrained(self._fetch(self._sources["ta_tok"]), **options, **kwargs).eval()
         return model if "device_map" in options else model.to(self.device)
 
     def _load_detokenizer(self, folder):
-        options = {name: value for name, value in self._load_options.items() if name != "hub"}
+        options = self._part_options()
         if (folder / "model_index.json").is_file():
             from diffusers import DiffusionPipeline
 
@@ -276,6 +276,10 @@ class TarParts:
         if not hasattr(model, "detokenize"):
             raise ValueError(f"{folder} holds no de-tokenizer but a {type(model).__name__}")
         return self._packed(model if "device_map" in options else model.to(self.device))
+
+    def _part_options(self):
+        """What `from_pretrained` of a part gets: all but where the files come from."""
+        return {name: value for name, value in self._load_options.items() if name != "hub"}
 
     def _check_detokenizer(self, options):
         """Refuses a de-tokenizer of another width, and options that it does not know, before anything is drawn."""
