@@ -1,6 +1,7 @@
 """`--diffusion`: a second de-tokenizer, beside all that tar-mini is without it."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -54,7 +55,14 @@ def test_the_stages_of_tiny_models(tmp_path, tar_repo):
 
 def test_without_it_nothing_of_it_is_there(tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(train, "_start", lambda output, name, smoke: started.append(name) or note(output, name))
+
+    def command(output, name, smoke):
+        started.append(name)
+        train._note(output, name, lambda _: {"passed": True, "seconds": 1.0, "needed": {}})
+        return [sys.executable, "-c", "pass"]
+
+    monkeypatch.setattr(train, "_command", command)
+    monkeypatch.setattr(train, "default_jobs", lambda: 1)
     train_mini(tmp_path / "out", smoke=True)
     assert started == list(STAGES) and not (tmp_path / "out" / "dc-ae.yaml").exists()
     train_mini(tmp_path / "out", smoke=True, diffusion=True)
@@ -63,18 +71,14 @@ def test_without_it_nothing_of_it_is_there(tmp_path, monkeypatch):
     assert started[-2:] == ["data", "dc-ae"] and (tmp_path / "other" / "dc-ae.yaml").is_file()
 
 
-def note(output, name):
-    train._note(output, name, lambda _: {"passed": True, "seconds": 1.0, "needed": {}})
-    return 0
-
-
-def test_the_command_hands_the_option_on(tmp_path, monkeypatch, capsys):
+def test_the_command_hands_its_options_on(tmp_path, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(command, "train_mini", lambda *arguments: asked.append(arguments[-1]) or tmp_path / "no")
-    assert main(["train", "mini", str(tmp_path), "--diffusion"]) == 0 and main(["train", "mini", str(tmp_path)]) == 0
-    assert asked == [True, False]
+    monkeypatch.setattr(command, "train_mini", lambda *arguments: asked.append(arguments[-2:]) or tmp_path / "no")
+    for options in (["--diffusion"], [], ["--jobs", "3"]):
+        assert main(["train", "mini", str(tmp_path), *options]) == 0
+    assert asked == [(True, None), (False, None), (False, 3)]
     assert main(["train", "llm", "llm-sft", "--diffusion"]) == 2
-    assert "--diffusion: leave them out" in capsys.readouterr().err
+    assert "--diffusion and --jobs belong to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", [RECIPES, RECIPES / "smoke"], ids=["full", "smoke"])

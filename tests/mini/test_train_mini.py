@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -61,7 +62,7 @@ def test_all_stages_of_tiny_models(tmp_path, monkeypatch, capsys):
 
     # Nothing is done again, and nobody may make something else of the folder.
     calls.clear()
-    monkeypatch.setattr(train, "_start", None)
+    monkeypatch.setattr(train, "_command", None)
     assert train_mini(out, smoke=True, callback=lambda *call: calls.append(call)) == folder
     assert [call[:2] for call in calls] == [(name, "passed before") for name in STAGES]
     capsys.readouterr()
@@ -139,19 +140,83 @@ def test_a_stage_that_is_too_low_says_what_to_do_and_can_be_trained_longer(tmp_p
 def test_a_failing_gate_stops_the_command(tmp_path, monkeypatch, capsys):
     """The process of a stage has noted its scores; the command tells them."""
 
-    def start(output, name, smoke):
+    def command(output, name, smoke):
         entry = {"scenes_read": 0.5, "needed": {"scenes_read": "at least 1"}, "passed": False, "seconds": 1.0}
         train._note(output, name, lambda _: entry)
-        return 2
+        return [sys.executable, "-c", "raise SystemExit(2)"]
 
-    monkeypatch.setattr(train, "_start", start)
+    monkeypatch.setattr(train, "default_jobs", lambda: 1)
+    monkeypatch.setattr(train, "_command", command)
     assert main(["train", "mini", str(tmp_path / "out"), "--smoke"]) == 2
     error = capsys.readouterr().err
     assert "stage data did not reach what it has to: scenes_read 0.5, needed at least 1. " in error
     assert error.count("\n") == 1
-    monkeypatch.setattr(train, "_start", lambda *_: 1)
+    monkeypatch.setattr(train, "_command", lambda *_: [sys.executable, "-c", "raise SystemExit(1)"])
     with pytest.raises(StageError, match="stage vq ended with the exit status 1"):
         train_mini(tmp_path / "out", smoke=True, only=["vq", "teacher"])
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_stage_starts_when_what_it_needs_is_done(tmp_path, monkeypatch, capsys, jobs):
+    """Each child takes a moment, says what share it has, and passes."""
+    code = """
+import os, sys, time
+from pathlib import Path
+from tar_hf.mini.train import _note
+time.sleep(0.05)
+print("threads", os.environ.get("OMP_NUM_THREADS"))
+_note(Path(sys.argv[1]), sys.argv[2], lambda _: {"passed": True, "seconds": 1.0})
+"""
+    monkeypatch.setattr(train, "_command", lambda output, name, _: [sys.executable, "-c", code, str(output), name])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    running, done, most = set(), [], 0
+
+    def watch(name, state, entry):
+        nonlocal most
+        if state == "started":
+            assert set(done).issuperset(STAGES[name].needs)
+            running.add(name)
+            most = max(most, len(running))
+        else:
+            assert state == "passed" and entry["passed"]
+            running.remove(name)
+            done.append(name)
+
+    train_mini(tmp_path / "out", smoke=True, callback=watch, jobs=jobs)
+    assert set(done) == set(STAGES) == set(gates(tmp_path / "out")) and most == jobs
+    if jobs == 1:
+        assert done == list(STAGES)
+    else:
+        lines = capsys.readouterr().out.splitlines()
+        assert "[data] threads 3" in lines and "[codes] threads 1" in lines, "half of six, and as the test's process"
+
+
+def test_a_stage_that_fails_ends_those_beside_it(tmp_path, monkeypatch):
+    codes = {"data": "raise SystemExit(3)", "language": "import time; time.sleep(600)"}
+    monkeypatch.setattr(train, "_command", lambda output, name, smoke: [sys.executable, "-c", codes[name]])
+    start = time.monotonic()
+    with pytest.raises(StageError, match="stage data ended with the exit status 3"):
+        train_mini(tmp_path / "out", smoke=True, jobs=2)
+    assert time.monotonic() - start < 60
+
+
+def test_stages_note_their_scores_at_the_same_time(tmp_path):
+    def note(name):
+        for number in range(30):
+            train._note(tmp_path, name, lambda entry, number=number: {**entry, str(number): True})
+
+    threads = [threading.Thread(target=note, args=(name,)) for name in ("vq", "teacher", "llm")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {name: len(entry) for name, entry in gates(tmp_path).items()} == {"vq": 30, "teacher": 30, "llm": 30}
+
+
+def test_no_stage_at_a_time(tmp_path):
+    with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
+        train_mini(tmp_path / "out", smoke=True, jobs=0)
 
 
 def test_other_recipes_are_refused_but_for_their_training(tmp_path):
@@ -193,7 +258,9 @@ def test_stages_come_after_what_they_need():
     [
         (["mini", "out", "training.max_steps=3"], "train mini takes no training.max_steps=3"),
         (["mini", "out", "--show"], "train mini takes no --show"),
-        (["llm", "llm-sft", "--smoke"], "--smoke and --only belong to `tar-hf train mini`"),
+        (["llm", "llm-sft", "--smoke"], "--smoke, --only, --diffusion and --jobs belong to `tar-hf train mini`"),
+        (["llm", "llm-sft", "--jobs", "2"], "--smoke, --only, --diffusion and --jobs belong to `tar-hf train mini`"),
+        (["mini", "out", "--jobs", "0"], "jobs must be at least 1, got 0"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):

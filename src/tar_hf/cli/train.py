@@ -54,6 +54,7 @@ def add_parser(commands):
         "--only", nargs="+", choices=train_mini.STAGE_NAMES, metavar="STAGE", help=", ".join(train_mini.STAGE_NAMES)
     )
     mini.add_argument("--diffusion", action="store_true", help="a diffusion de-tokenizer beside the autoregressive one")
+    mini.add_argument("--jobs", type=int, metavar="N", help="stages that run side by side (2 on a CPU, 1 on a GPU)")
     parser.set_defaults(run=run)
 
 
@@ -61,8 +62,8 @@ def run(arguments):
     with _one_line_errors():
         if arguments.stage == "mini":
             train_mini.run(arguments)
-        elif arguments.smoke or arguments.only or arguments.diffusion:
-            raise ValueError("--smoke and --only belong to `tar-hf train mini`, and --diffusion: leave them out")
+        elif arguments.smoke or arguments.only or arguments.diffusion or arguments.jobs is not None:
+            raise ValueError("--smoke, --only, --diffusion and --jobs belong to `tar-hf train mini`: leave them out")
         else:
             _train(arguments)
 

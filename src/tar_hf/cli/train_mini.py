@@ -1,4 +1,4 @@
-"""`tar-hf train mini`: all stages of tar-mini, one after the other."""
+"""`tar-hf train mini`: all stages of tar-mini, each when those that it needs are done."""
 
 import sys
 from pathlib import Path
@@ -17,8 +17,9 @@ HELP = (
     "tar-hf train mini OUT trains the whole of tar-mini in its procedurally drawn world, from nothing: "
     f"{_tell(STAGES)}; with --diffusion also {_tell(DIFFUSION_STAGES)}, in OUT/{DIFFUSION_RESULT}. Each stage is a "
     f"process of its own and ends with a measurement, which OUT/{GATES_FILE} keeps with the time that it took; one "
-    "that is too low stops the command. Given again, the command goes on where it was killed, and leaves out the "
-    "stages that are done. OUT gets the recipes; their `training` may be changed there."
+    "that is too low stops the command. On a CPU two stages run side by side, unless --jobs says otherwise. Given "
+    "again, the command goes on where it was killed, and leaves out the stages that are done. OUT "
+    "gets the recipes; their `training` may be changed there."
 )
 
 
@@ -33,7 +34,7 @@ def run(arguments):
             hide_loading_bars()
         run_stage(output, arguments.only[0], arguments.smoke, _show)
         return
-    folder = train_mini(output, arguments.smoke, arguments.only, _show, arguments.diffusion)
+    folder = train_mini(output, arguments.smoke, arguments.only, _show, arguments.diffusion, arguments.jobs)
     if folder.is_dir():
         print(f"{folder}: trained, the scores of each stage in {folder.parent / GATES_FILE}")
 

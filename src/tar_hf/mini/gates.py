@@ -8,7 +8,6 @@ import dataclasses
 import io
 import random
 from collections.abc import Iterable, Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -32,7 +31,7 @@ MEASURES = {
     "ta-tok": ("things_read",),
     "codes": ("missing_rows",),
     "ar-detok": ("reconstruction",),
-    "llm": ("generation", "understanding"),
+    "llm": ("understanding",),
     "drawings": ("right",),
     "reflect": ("generation", "understanding"),
     "assemble": ("megabytes",),
@@ -61,7 +60,7 @@ class MiniRecipe:
         drawings (`int`): Pictures that the language model draws, to learn to judge them.
         bfloat16 (`list[str]`): Parts that the assembled repository holds in bfloat16: `reflect`, `ta-tok`, `ar-detok`.
         probe_scenes (`int`): Held-out scenes of a gate.
-        probe_prompts (`int`): Held-out prompts and questions of each kind, for the language model's gate.
+        probe_prompts (`int`): Held-out prompts and questions of each kind, for the gates of the language model.
         gates (`dict[str, dict[str, float]]`): What is needed, by stage and measure: those of `MEASURES`.
     """
 
@@ -286,12 +285,21 @@ def probe_diffusion_detok(output: Path, recipe: MiniRecipe) -> dict[str, float]:
     return _redrawn(output, recipe, pipe.to(_device()))
 
 
-def probe_llm(output: Path, recipe: MiniRecipe, stage: str = "llm") -> dict[str, float]:
-    """Scores of the whole system on held-out prompts and questions, with the language model of a stage."""
+def probe_llm(output: Path, recipe: MiniRecipe) -> dict[str, float]:
+    """Shares of held-out questions that are answered right. What it draws, the gate of its drawings tells."""
+    from tar_hf.mini.evaluate import evaluate_answers
+    from tar_hf.pipelines.pipeline_tar import TarPipeline
+
+    pipe = TarPipeline.from_pretrained(output / "llm", ta_tok=output / "ta-tok")
+    return evaluate_answers(pipe.to(_device()), recipe.probe_prompts, recipe.seed, "validation")
+
+
+def probe_reflect(output: Path, recipe: MiniRecipe) -> dict[str, float]:
+    """Scores of the whole system on held-out prompts and questions."""
     from tar_hf.mini.evaluate import evaluate
     from tar_hf.pipelines.pipeline_tar import TarPipeline
 
-    pipe = TarPipeline.from_pretrained(output / stage, ta_tok=output / "ta-tok", detokenizer=output / "ar-detok")
+    pipe = TarPipeline.from_pretrained(output / "reflect", ta_tok=output / "ta-tok", detokenizer=output / "ar-detok")
     scores = evaluate(pipe.to(_device()), recipe.probe_prompts, recipe.seed, "validation")["scores"]
     return {name: score for name, score in scores.items() if score is not None}
 
@@ -460,7 +468,7 @@ PROBES = {
     "ar-detok": probe_ar_detok,
     "llm": probe_llm,
     "drawings": probe_drawings,
-    "reflect": partial(probe_llm, stage="reflect"),
+    "reflect": probe_reflect,
     "assemble": probe_assemble,
     "dc-ae": probe_dc_ae,
     "latents": probe_latents,

@@ -1,4 +1,7 @@
-"""Trains the whole of tar-mini in order, each stage in a process of its own, and measures what each has reached.
+"""Trains the whole of tar-mini, each stage in a process of its own, and measures what each has reached.
+
+A stage starts when those that it needs are done. On a CPU two run side by side: small models use one core well, and two
+barely better.
 
 The recipes lie in `recipes/`, and those of a run in its folder. This file imports nothing heavy: each stage does.
 """
@@ -8,7 +11,6 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -16,6 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from filelock import FileLock
+
+from tar_hf.mini.processes import Processes
 
 RECIPES = Path(__file__).parent / "recipes"
 GATES_FILE = "gates.json"
@@ -59,6 +65,7 @@ def train_mini(
     only: Sequence[str] | None = None,
     callback: Progress | None = None,
     diffusion: bool = False,
+    jobs: int | None = None,
 ) -> Path:
     """
     Trains tar-mini. A call that was killed goes on when it is given again; a stage that has passed its gate is left as
@@ -73,6 +80,8 @@ def train_mini(
             of it.
         diffusion (`bool`, *optional*, defaults to `False`): Trains a second de-tokenizer too, `DIFFUSION_STAGES`, and
             puts it into `tar-mini-diffusion`.
+        jobs (`int`, *optional*): How many stages run side by side at most, each with its share of the threads. By
+            default two on a CPU of several cores, and one on a GPU.
 
     Returns:
         `Path`: The folder of the system. It is there when all stages are done.
@@ -80,24 +89,46 @@ def train_mini(
     Raises:
         `GateError`: a stage whose scores are too low.
         `StageError`: a stage that failed otherwise, or needs another one first.
+        `ValueError`: `jobs` below 1, or unknown stages.
         `RecipeError`: a folder that was made with other recipes.
     """
     output, names = Path(output).resolve(), _in_order(only, diffusion)
     copy_recipes(output, smoke, not DIFFUSION_STAGES.keys().isdisjoint(names))
+    jobs = default_jobs() if jobs is None else jobs
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    gates, waiting = _gates(output), []
     for name in names:
-        entry = _gates(output).get(name, {})
+        entry = gates.get(name, {})
         if entry.get("passed"):
             _report(callback, name, "passed before", entry)
-            continue
-        _report(callback, name, "started", entry)
-        status = _start(output, name, smoke)
-        entry = _gates(output).get(name, {})
-        if entry.get("passed") is False:
-            raise GateError(_failure(output, name, entry))
-        if status or not entry.get("passed"):
-            raise StageError(f"stage {name} ended with the exit status {status}: it has printed why, further up")
-        _report(callback, name, "passed", entry)
+        else:
+            waiting.append(name)
+    with Processes(name_lines=jobs > 1) as processes:
+        while waiting or processes.names:
+            pending = processes.names.union(waiting)
+            ready = [name for name in waiting if pending.isdisjoint(ALL_STAGES[name].needs)]
+            ready = ready[: jobs - len(processes.names)]
+            alone = len(processes.names) + len(ready) == 1
+            for name in ready:
+                waiting.remove(name)
+                _report(callback, name, "started", gates.get(name, {}))
+                processes.start(name, _command(output, name, smoke), None if alone else _threads(jobs))
+            name, status = processes.wait()
+            entry = _gates(output).get(name, {})
+            if entry.get("passed") is False:
+                raise GateError(_failure(output, name, entry))
+            if status or not entry.get("passed"):
+                raise StageError(f"stage {name} ended with the exit status {status}: it has printed why, further up")
+            _report(callback, name, "passed", entry)
     return output / RESULT
+
+
+def default_jobs() -> int:
+    """How many stages run side by side: two on a CPU, where a small model gains little from a second core."""
+    import torch
+
+    return 1 if torch.cuda.is_available() else min(2, torch.get_num_threads())
 
 
 def run_stage(output: str | Path, name: str, smoke: bool = False, callback: Progress | None = None) -> dict:
@@ -181,12 +212,13 @@ def _gates(output) -> dict[str, dict]:
 
 
 def _note(output, name, change: Callable[[dict], dict]) -> dict:
-    """Changes what `gates.json` says of a stage."""
-    gates = _gates(output)
-    gates[name] = change(gates.get(name, {}))
-    gates = {stage: gates[stage] for stage in ALL_STAGES if stage in gates}
-    with _new_file(output / GATES_FILE) as unfinished:
-        unfinished.write_text(json.dumps(gates, indent=2) + "\n", encoding="utf-8")
+    """Changes what `gates.json` says of a stage, while no other process does."""
+    with FileLock(output / f".{GATES_FILE}.lock"):
+        gates = _gates(output)
+        gates[name] = change(gates.get(name, {}))
+        gates = {stage: gates[stage] for stage in ALL_STAGES if stage in gates}
+        with _new_file(output / GATES_FILE) as unfinished:
+            unfinished.write_text(json.dumps(gates, indent=2) + "\n", encoding="utf-8")
     return gates[name]
 
 
@@ -235,16 +267,17 @@ def _new_file(path: Path) -> Iterator[Path]:
 # Processes
 
 
-def _start(output, name, smoke) -> int:
-    """Runs a stage in a process of its own, which ends when this one is told to."""
+def _command(output, name, smoke) -> list[str]:
+    """What runs a stage alone."""
     options = ["--only", name] + ["--smoke"] * smoke
-    process = subprocess.Popen([sys.executable, "-m", "tar_hf.cli.main", "train", "mini", str(output), *options])
-    try:
-        return process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
+    return [sys.executable, "-m", "tar_hf.cli.main", "train", "mini", str(output), *options]
+
+
+def _threads(jobs) -> int:
+    """The share of one of so many stages."""
+    import torch
+
+    return max(1, torch.get_num_threads() // jobs)
 
 
 def _in_order(only, diffusion):
@@ -397,13 +430,12 @@ STAGES = {
         "{output}/codes/*/part-*.bad.jsonl says why rows were left out",
     ),
     "ar-detok": _trained("ar-detok", "the de-tokenizer", "vq", "ta-tok", "codes", kind="ARDeTokRecipe"),
-    # Its gate draws.
-    "llm": _trained("llm", "the language model", "language", "ta-tok", "codes", "ar-detok", kind="LLMRecipe"),
+    "llm": _trained("llm", "the language model", "language", "ta-tok", "codes", kind="LLMRecipe"),
     "drawings": Stage(
         "the system's own drawings, and whether they are right",
         ("ta-tok", "ar-detok", "llm"),
         _make_drawings,
-        "train the language model longer, in another folder: too few of its drawings are right to learn from",
+        "train ar-detok or llm longer, in another folder: too few drawings are right to learn from",
     ),
     "reflect": _trained(
         "reflect",
