@@ -15,7 +15,9 @@ def python(code):
 
 def test_lines_say_whose_they_are(capsys):
     with Processes() as processes:
-        processes.start("one", python("import sys; print('a\\nb'); print('c', file=sys.stderr); raise SystemExit(4)"))
+        processes.start(
+            "one", python("import sys; print('a\\n\\nb'); print('c', file=sys.stderr); raise SystemExit(4)")
+        )
         assert processes.wait() == ("one", 4) and processes.names == set()
     captured = capsys.readouterr()
     assert captured.out == "[one] a\n[one] b\n" and captured.err == "[one] c\n"

@@ -69,6 +69,7 @@ class Processes:
 
 def _forward(name, source, target):
     with source:
-        for line in source:
-            target.write(f"[{name}] {line.rstrip()}\n")
-            target.flush()
+        for line in map(str.rstrip, source):
+            if line:
+                target.write(f"[{name}] {line}\n")
+                target.flush()
