@@ -217,6 +217,7 @@ def test_stages_note_their_scores_at_the_same_time(tmp_path):
 def test_no_stage_at_a_time(tmp_path):
     with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
         train_mini(tmp_path / "out", smoke=True, jobs=0)
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_recipes_are_refused_but_for_their_training(tmp_path):

@@ -92,11 +92,11 @@ def train_mini(
         `ValueError`: `jobs` below 1, or unknown stages.
         `RecipeError`: a folder that was made with other recipes.
     """
-    output, names = Path(output).resolve(), _in_order(only, diffusion)
-    copy_recipes(output, smoke, not DIFFUSION_STAGES.keys().isdisjoint(names))
     jobs = default_jobs() if jobs is None else jobs
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
+    output, names = Path(output).resolve(), _in_order(only, diffusion)
+    copy_recipes(output, smoke, not DIFFUSION_STAGES.keys().isdisjoint(names))
     gates, waiting = _gates(output), []
     for name in names:
         entry = gates.get(name, {})
