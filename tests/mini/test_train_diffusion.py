@@ -62,12 +62,11 @@ def test_without_it_nothing_of_it_is_there(tmp_path, monkeypatch):
         return [sys.executable, "-c", "pass"]
 
     monkeypatch.setattr(train, "_command", command)
-    monkeypatch.setattr(train, "default_jobs", lambda: 1)
-    train_mini(tmp_path / "out", smoke=True)
+    train_mini(tmp_path / "out", smoke=True, jobs=1)
     assert started == list(STAGES) and not (tmp_path / "out" / "dc-ae.yaml").exists()
-    train_mini(tmp_path / "out", smoke=True, diffusion=True)
+    train_mini(tmp_path / "out", smoke=True, diffusion=True, jobs=1)
     assert started == [*STAGES, *DIFFUSION_STAGES] and (tmp_path / "out" / "dc-ae.yaml").is_file()
-    train_mini(tmp_path / "other", smoke=True, only=["dc-ae", "data"])
+    train_mini(tmp_path / "other", smoke=True, only=["dc-ae", "data"], jobs=1)
     assert started[-2:] == ["data", "dc-ae"] and (tmp_path / "other" / "dc-ae.yaml").is_file()
 
 

@@ -145,15 +145,14 @@ def test_a_failing_gate_stops_the_command(tmp_path, monkeypatch, capsys):
         train._note(output, name, lambda _: entry)
         return [sys.executable, "-c", "raise SystemExit(2)"]
 
-    monkeypatch.setattr(train, "default_jobs", lambda: 1)
     monkeypatch.setattr(train, "_command", command)
-    assert main(["train", "mini", str(tmp_path / "out"), "--smoke"]) == 2
+    assert main(["train", "mini", str(tmp_path / "out"), "--smoke", "--jobs", "1"]) == 2
     error = capsys.readouterr().err
     assert "stage data did not reach what it has to: scenes_read 0.5, needed at least 1. " in error
     assert error.count("\n") == 1
     monkeypatch.setattr(train, "_command", lambda *_: [sys.executable, "-c", "raise SystemExit(1)"])
     with pytest.raises(StageError, match="stage vq ended with the exit status 1"):
-        train_mini(tmp_path / "out", smoke=True, only=["vq", "teacher"])
+        train_mini(tmp_path / "out", smoke=True, only=["vq", "teacher"], jobs=1)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

@@ -18,8 +18,8 @@ HELP = (
     f"{_tell(STAGES)}; with --diffusion also {_tell(DIFFUSION_STAGES)}, in OUT/{DIFFUSION_RESULT}. Each stage is a "
     f"process of its own and ends with a measurement, which OUT/{GATES_FILE} keeps with the time that it took; one "
     "that is too low stops the command. On a CPU two stages run side by side, unless --jobs says otherwise. Given "
-    "again, the command goes on where it was killed, and leaves out the stages that are done. OUT "
-    "gets the recipes; their `training` may be changed there."
+    "again, the command goes on where it was killed, and leaves out the stages that are done. OUT gets the "
+    "recipes; their `training` may be changed there."
 )
 
 
