@@ -54,7 +54,7 @@ def make(tmp_path):
         "\n".join(json.dumps({"conversations": [*conversation, {"from": "gpt", "value": word}]}) for word in words)
     )
 
-    def build(output="out", **options):
+    def build(output="out", muon=None, **options):
         defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 3}
         defaults |= {"disable_tqdm": True, "use_cpu": True}
         recipe = load_recipe(
@@ -63,6 +63,7 @@ def make(tmp_path):
                 "output_dir": str(tmp_path / output),
                 "data": {"sources": [{"path": str(rows)}]},
                 "training": {**defaults, **options},
+                "muon": muon,
             },
         )
         torch.manual_seed(0)
@@ -78,17 +79,18 @@ def losses(trainer):
     return {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
 
 
-def test_a_killed_run_goes_on_as_an_unbroken_one(make, kill, tmp_path):
-    unbroken = make("unbroken")
+@pytest.mark.parametrize("muon", [None, {"learning_rate": 2e-2}])
+def test_a_killed_run_goes_on_as_an_unbroken_one(make, kill, muon, tmp_path):
+    unbroken = make("unbroken", muon)
     training.run(unbroken)
 
-    kill(make("killed"))
+    kill(make("killed", muon))
     # What a kill in the middle of writing leaves: weights, and no state yet.
     shutil.copytree(tmp_path / "killed" / "checkpoint-3", tmp_path / "killed" / "checkpoint-4")
     (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4')
     assert training.last_checkpoint(tmp_path / "killed").name == "checkpoint-3"
 
-    resumed = make("killed")
+    resumed = make("killed", muon)
     training.run(resumed)
     assert resumed.seen == unbroken.seen[3:]
     assert losses(resumed) == pytest.approx(losses(unbroken), abs=1e-7)
@@ -106,6 +108,20 @@ def test_accumulated_batches_draw_as_one_batch_does(make):
     joined = [(a[0], a[1], a[2] + b[2], a[3] + b[3]) for a, b in zip(parts.seen[::2], parts.seen[1::2], strict=True)]
     assert joined == whole.seen
     assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
+
+
+def test_muon_steps_what_the_recipe_says(make):
+    trainer = make(muon={"learning_rate": 2e-2, "momentum": 0.9}, learning_rate=1e-2, weight_decay=0.1, max_steps=1)
+    training.run(trainer)
+    muon, *rest = trainer.optimizer.param_groups
+    assert (muon["initial_lr"], muon["momentum"], muon["weight_decay"]) == (2e-2, 0.9, 0.1)
+    assert [group["initial_lr"] for group in rest] == [1e-2, 1e-2]
+    with pytest.raises(RecipeError, match="training.optim goes without muon"):
+        make("sgd", muon={}, optim="sgd")
+    trainer = make("other", muon={})
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(RecipeError, match="muon needs whole matrices"):
+        trainer.create_optimizer()
 
 
 def test_another_recipe_does_not_go_on(make):

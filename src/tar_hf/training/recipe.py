@@ -104,6 +104,28 @@ class DataRecipe:
 
 @strict
 @dataclasses.dataclass(kw_only=True)
+class MuonRecipe:
+    """
+    An optimizer for the matrices of a model's layers, see `tar_hf.training.muon`.
+
+    Args:
+        learning_rate (`float`, *optional*): Of these matrices, with the schedule of `training`. By default that of
+            `training`, which all else has.
+        momentum (`float`, *optional*, defaults to `0.95`): How much of the mean gradient is kept each step.
+    """
+
+    learning_rate: float | int | None = None
+    momentum: float = 0.95
+
+    def __post_init__(self):
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise RecipeError(f"muon.learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 <= self.momentum < 1:
+            raise RecipeError(f"muon.momentum must be at least 0 and below 1, got {self.momentum}")
+
+
+@strict
+@dataclasses.dataclass(kw_only=True)
 class Recipe:
     """
     What every stage's recipe holds. Stages add `model` and options of their own.
@@ -112,12 +134,14 @@ class Recipe:
         output_dir (`str`): Folder of the run: checkpoints, the trained repository, the resolved recipe.
         data (`DataRecipe`): What it reads.
         training (`dict`): Fields of `transformers.TrainingArguments`, by their names there.
+        muon (`MuonRecipe`, *optional*): Steps the matrices of the layers by Muon, and all else by AdamW.
         seed (`int`, *optional*, defaults to `0`): Of the order of rows and of every draw.
     """
 
     output_dir: str
     data: DataRecipe
     training: dict = dataclasses.field(default_factory=dict)
+    muon: MuonRecipe | None = None
     seed: int = 0
 
 

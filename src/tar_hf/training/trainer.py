@@ -21,6 +21,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from tar_hf.modeling.modeling_ta_tok import multiplies_bfloat16
 from tar_hf.training.mixture import Mixture
+from tar_hf.training.muon import make_optimizer
 from tar_hf.training.recipe import RECIPE_FILE, DataRecipe, Recipe, RecipeError, check_same_run, one_line, write_recipe
 from tar_hf.training.rows import Row, read_row
 from tar_hf.training.sources import open_source
@@ -71,6 +72,23 @@ class TarTrainer(Trainer):
     def _prepare_input(self, data):
         # Without the library's cast to what DeepSpeed computes in: frozen parts take pictures in float32.
         return send_to_device(data, self.args.device)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is not None or self.recipe is None or self.recipe.muon is None:
+            return super().create_optimizer(model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise RecipeError("muon needs whole matrices: train on several GPUs with DDP, or leave it out")
+        model = self.model if model is None else model
+        self.optimizer = make_optimizer(
+            model,
+            self.recipe.muon,
+            self.args.learning_rate,
+            self.args.weight_decay,
+            self.get_decay_parameter_names(model),
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+        )
+        return self.optimizer
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
@@ -185,6 +203,8 @@ def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
             raise RecipeError(f"training.{key} must be {choices}, got {value!r}")
         if key in POSITIVE and value <= 0 and (key, value) != ("max_steps", -1):
             raise RecipeError(f"training.{key} must be above 0, got {value}")
+    if recipe.muon is not None and "optim" in recipe.training:
+        raise RecipeError("training.optim goes without muon, beside which all else is stepped by AdamW: leave one out")
     defaults = {"report_to": "none", "logging_steps": 10, "save_total_limit": 3}
     accelerator = torch.accelerator.is_available()
     # Without use_cpu the library refuses bf16 where there is no GPU, though the CPU has it.
