@@ -117,9 +117,12 @@ def train_mini(
             name, status = processes.wait()
             entry = _gates(output).get(name, {})
             if entry.get("passed") is False:
-                raise GateError(_failure(output, name, entry))
+                raise GateError(_failure(output, name, entry) + _ended_too(processes))
             if status or not entry.get("passed"):
-                raise StageError(f"stage {name} ended with the exit status {status}: it has printed why, further up")
+                raise StageError(
+                    f"stage {name} ended with the exit status {status}: it has printed why, further up"
+                    + _ended_too(processes)
+                )
             _report(callback, name, "passed", entry)
     return output / RESULT
 
@@ -292,6 +295,12 @@ def _failure(output, name, entry):
     scores = ", ".join(f"{measure} {entry[measure]:.4g}, needed {need}" for measure, need in entry["needed"].items())
     advice = ALL_STAGES[name].advice.format(recipe=output / f"{name}.yaml", output=output)
     return f"stage {name} did not reach what it has to: {scores}. {advice[0].upper()}{advice[1:]}"
+
+
+def _ended_too(processes):
+    """What becomes of those beside a stage that fails."""
+    note = ". Stage {name}, beside it, was ended too, and goes on with the next call"
+    return "".join(note.format(name=name) for name in sorted(processes.names))
 
 
 def _report(callback, name, state, entry):
