@@ -82,7 +82,7 @@ def test_readme_commands(golden, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_training_guide_runs(tar_repo, tmp_path, monkeypatch):
     """Its Python, its data recipe and its example of a row."""
-    from tar_hf.training.recipe import DataRecipe, SourceRecipe
+    from tar_hf.training.recipe import DataRecipe, MuonRecipe, SourceRecipe
     from tar_hf.training.rows import read_row
 
     text = (ROOT / "docs" / "training.md").read_text()
@@ -94,9 +94,10 @@ def test_training_guide_runs(tar_repo, tmp_path, monkeypatch):
     names = {}
     exec(compile(block, "training.md", "exec"), names)
     assert len(names["dataset"]) == 10 and {"input_ids", "labels"} == set(names["dataset"].column_names)
-    (data,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    data, muon = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     sources = yaml.safe_load(data)["data"].pop("sources")
     assert len(DataRecipe(sources=[SourceRecipe(**source) for source in sources]).sources) == 3
+    assert MuonRecipe(**yaml.safe_load(muon)["muon"]).learning_rate == 6e-3
     (row,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
     assert read_row(json.loads(row), random.Random(0)).num_images == 1
 
