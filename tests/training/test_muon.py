@@ -56,6 +56,23 @@ def test_first_steps_follow_the_formula():
     assert not other.any()  # no gradient, no step
 
 
+def test_kernels_are_stepped_as_matrices():
+    kernels, twin, other = (nn.Parameter(torch.zeros(shape)) for shape in ((8, 4, 3, 3), (8, 36), (1,)))
+    groups = [{"params": [kernels, twin], "momentum": 0.9}, {"params": [other]}]
+    optimizer = MuonAdamW(groups, lr=0.1)
+    kernels.grad = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    twin.grad = kernels.grad.flatten(1)
+    optimizer.step()
+    assert kernels.any()
+    torch.testing.assert_close(kernels.flatten(1), twin)
+
+
+def test_grouped_convolutions_and_those_outside_of_stacks_are_left_to_adamw():
+    mixing, grouped = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=4)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ModuleList([mixing, grouped]))
+    assert [id(matrix) for matrix in matrices_of_layers(model)] == [id(mixing.weight)]
+
+
 def test_steps_are_as_large_as_those_of_adamw():
     matrix, other = nn.Parameter(torch.zeros(64, 256)), nn.Parameter(torch.zeros(3))
     optimizer = MuonAdamW([{"params": [matrix], "momentum": 0.95}, {"params": [other]}], lr=0.5, weight_decay=0.0)
@@ -114,7 +131,7 @@ def test_a_loaded_state_goes_on_as_before(model):
 
 def test_vectors_are_refused():
     vector, other = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
-    with pytest.raises(ValueError, match=r"matrices, got a parameter of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"matrices and kernels, got a parameter of shape \(3,\)"):
         MuonAdamW([{"params": [vector], "momentum": 0.9}, {"params": [other]}])
 
 

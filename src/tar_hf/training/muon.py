@@ -25,6 +25,8 @@ class MuonAdamW(Optimizer):
     """
     AdamW, but for parameter groups that have a `momentum`: these hold matrices, and get the steps of Muon.
 
+    The kernels of a convolution are a matrix with a row for each channel that comes out.
+
     A step of Muon has the singular directions of the mean gradient and singular values near 1, so that rare directions
     are learnt as fast as frequent ones. It is scaled to the root mean square of an AdamW step.
 
@@ -33,7 +35,7 @@ class MuonAdamW(Optimizer):
         kwargs: Those of `torch.optim.AdamW`; `lr` and `weight_decay` are Muon's, too.
 
     Raises:
-        `ValueError`: a parameter of such a group that is no matrix.
+        `ValueError`: a parameter of such a group that is neither.
     """
 
     def __init__(self, params: Iterable[dict], **kwargs):
@@ -41,8 +43,8 @@ class MuonAdamW(Optimizer):
         self.adamw = AdamW([dict(group) for group in groups if "momentum" not in group], **kwargs)
         super().__init__(groups, self.adamw.defaults)
         for group in self.param_groups:
-            if shapes := [tuple(p.shape) for p in group["params"] if "momentum" in group and p.ndim != 2]:
-                raise ValueError(f"Muon steps matrices, got a parameter of shape {shapes[0]}")
+            if shapes := [tuple(p.shape) for p in group["params"] if "momentum" in group and p.ndim not in (2, 4)]:
+                raise ValueError(f"Muon steps matrices and kernels, got a parameter of shape {shapes[0]}")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -72,8 +74,9 @@ class MuonAdamW(Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
                 updates.append(matrix.grad.lerp(mean, group["momentum"]))  # Nesterov's: the next mean, foretold
-            updates = orthogonalize(torch.stack(updates))
-            step = group["lr"] * ADAMW_STEP * max(matrices[0].shape) ** 0.5
+            updates = torch.stack(updates).flatten(2)  # what kernels have more than matrices
+            step = group["lr"] * ADAMW_STEP * max(updates.shape[1:]) ** 0.5
+            updates = orthogonalize(updates).unflatten(2, matrices[0].shape[1:])
             for matrix, update in zip(matrices, updates, strict=True):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.add_(update.to(matrix.dtype), alpha=-step)
@@ -101,16 +104,17 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 def matrices_of_layers(model: nn.Module) -> list[nn.Parameter]:
     """
-    What Muon steps: the trained weights of the linear layers in a model's stacks (`nn.ModuleList`).
+    What Muon steps: the trained weights of the linear layers and convolutions in a model's stacks (`nn.ModuleList`).
 
-    Embeddings, an output head and projections into and out of the stack are none of them: their rows stand for tokens
-    or channels, and AdamW steps each row at its own pace.
+    Embeddings, an output head and what leads into and out of the stack are none of them: their rows stand for tokens
+    or channels, and AdamW steps each row at its own pace. Nor are grouped convolutions, which mix few channels.
     """
     found = {}
     for stack in model.modules():
         if isinstance(stack, nn.ModuleList):
             for module in stack.modules():
-                if isinstance(module, nn.Linear) and module.weight.requires_grad:
+                mixing = isinstance(module, nn.Linear) or isinstance(module, nn.Conv2d) and module.groups == 1
+                if mixing and module.weight.requires_grad:
                     found[id(module.weight)] = module.weight
     return list(found.values())
 
@@ -135,13 +139,11 @@ def make_optimizer(
         adamw: Other arguments of `torch.optim.AdamW`.
 
     Raises:
-        `RecipeError`: a model that has no linear layers in stacks, or trains none of them.
+        `RecipeError`: a model that has none of `matrices_of_layers`.
     """
     matrices = matrices_of_layers(model)
     if not matrices:
-        raise RecipeError(
-            f"muon steps the linear layers of a stack, and {type(model).__name__} trains none: leave it out"
-        )
+        raise RecipeError(f"muon steps the layers of a stack, and {type(model).__name__} trains none: leave it out")
     stepped, decayed = {id(matrix) for matrix in matrices}, set(decayed)
     rest = {True: [], False: []}
     for name, parameter in model.named_parameters():

@@ -134,7 +134,7 @@ class Recipe:
         output_dir (`str`): Folder of the run: checkpoints, the trained repository, the resolved recipe.
         data (`DataRecipe`): What it reads.
         training (`dict`): Fields of `transformers.TrainingArguments`, by their names there.
-        muon (`MuonRecipe`, *optional*): Steps the matrices of the layers by Muon, and all else by AdamW.
+        muon (`MuonRecipe`, *optional*): Steps the matrices and kernels of the layers by Muon, and all else by AdamW.
         seed (`int`, *optional*, defaults to `0`): Of the order of rows and of every draw.
     """
 
