@@ -135,6 +135,11 @@ def test_vectors_are_refused():
         MuonAdamW([{"params": [vector], "momentum": 0.9}, {"params": [other]}])
 
 
+def test_momentum_may_be_a_whole_number(tmp_path):
+    content = {"output_dir": str(tmp_path), "data": {"sources": [{"path": "rows"}]}, "muon": {"momentum": 0}}
+    assert load_recipe(Recipe, content).muon.momentum == 0
+
+
 @pytest.mark.parametrize(
     "muon, message",
     [

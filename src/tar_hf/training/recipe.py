@@ -115,7 +115,7 @@ class MuonRecipe:
     """
 
     learning_rate: float | int | None = None
-    momentum: float = 0.95
+    momentum: float | int = 0.95
 
     def __post_init__(self):
         if self.learning_rate is not None and not self.learning_rate > 0:
