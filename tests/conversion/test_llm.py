@@ -68,6 +68,10 @@ def change_weights(folder, change):
     save_file(weights, folder / "model.safetensors")
 
 
+def tie(weights):
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+
 def split(folder, *parts):
     """Divides the weights into files: those that start with a prefix of part i into file i, the rest into the last."""
     weights, weight_map = load_file(folder / "model.safetensors"), {}
@@ -261,13 +265,25 @@ def test_a_shard_of_nothing_but_the_vision_tower_disappears(source, tmp_path, re
 def test_tied_embeddings(source, tmp_path, with_head):
     folder = source()
     change_config(folder, tie_word_embeddings=True)
-    if not with_head:
+    if with_head:
+        change_weights(folder, tie)
+    else:
         change_weights(folder, lambda weights: weights.pop("lm_head.weight"))
     report = convert_llm(folder, tmp_path / "repo")
     assert report.dropped == ({"tied to the input embedding": ["lm_head.weight"]} if with_head else {})
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "repo")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, load_file(folder / "model.safetensors")["model.embed_tokens.weight"])
+
+
+def test_an_output_embedding_that_is_not_the_one_it_is_tied_to_is_refused(source, refusal, monkeypatch):
+    monkeypatch.setattr("tar_hf.conversion.llm.ROWS", 100)
+    folder = source()
+    change_config(folder, tie_word_embeddings=True)
+    change_weights(folder, tie)
+    change_weights(folder, lambda weights: weights["lm_head.weight"][-1].add_(1))
+    said = refusal(folder)
+    assert "tied to the input embedding, but it differs from model.embed_tokens.weight: set tie_word_embeddings" in said
 
 
 # Not whole

@@ -11,7 +11,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tar_hf import __version__
 from tar_hf.conversion import convert_llm, convert_ta_tok
-from tar_hf.conversion.model_card import write_model_card
+from tar_hf.conversion.model_card import name_repository, write_model_card
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,15 @@ def test_example_is_python_that_names_the_folder(repos, kind):
     ast.parse(code)
     assert 'from_pretrained("repo"' in code
     assert ("trust_remote_code" in text) == (kind != "llm"), "a plain Qwen2 needs no code of ours"
+
+
+def test_a_published_card_names_the_repository(repos):
+    card = (repos["ta-tok"] / "README.md").read_text()
+    named = name_repository(card, "user/x")
+    assert named.count('from_pretrained("user/x"') == 2 and named.replace('"user/x"', '"repo"') == card
+    assert name_repository(named, "other/y") == named, "an id is what somebody meant"
+    foreign = '## Use\n\nmodel = AutoModel.from_pretrained("gpt2")\n'
+    assert name_repository(foreign, "user/x") == foreign
 
 
 def test_base_model_of_ones_own(golden, tmp_path):

@@ -29,7 +29,10 @@ def folder(ta_tok_repo, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["model.bin", "ta_tok.pth", "deep/er/vq.pt", "last.ckpt", "codes.pkl", "training_args.bin"],
+    [
+        *("model.bin", "ta_tok.pth", "deep/er/vq.pt", "last.ckpt", "codes.pkl", "training_args.bin"),
+        "checkpoint-500.pt",  # a folder of that name would not be uploaded
+    ],
 )
 def test_pickles(folder, name):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +107,29 @@ def test_no_configuration(folder):
         check_folder(folder)
     with pytest.raises(FileNotFoundError, match="none is not a folder"):
         check_folder(folder / "none")
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            {"ta_tok": "ta_tok", "detokenizer": "detokenizer"},
+            "says that detokenizer is in .*detokenizer, which is no fo",
+        ),
+        ({"ta_tok": "ta_tok", "detokenizer": "/home/me/sana"}, "in '/home/me/sana', where nobody else finds it"),
+        (
+            {"ta_tok": "ta_tok", "detokenizer": "sana"},
+            "in 'sana', where nobody else finds it: expected a repository's id",
+        ),
+        ({"ta_tok": "ta_tok", "../x": "../x"}, "must say where ta_tok and detokenizer are"),
+    ],
+)
+def test_parts_that_others_would_not_find(tar_repo, tmp_path, parts, message):
+    folder = shutil.copytree(tar_repo, tmp_path / "repo")
+    shutil.rmtree(folder / "detokenizer")
+    (folder / "tar.json").write_text(json.dumps(parts))
+    with pytest.raises(PublishError, match=message):
+        check_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +297,8 @@ for auto_class, name in (AutoModel, "ta-tok"), (AutoModelForCausalLM, "ar-detok"
 def pushed(ta_tok_repo, ar_detok_repo, tmp_path_factory):
     """Pushes to a stand-in, then loads from there in another process; gives the Hub, the results and the weights."""
     root = tmp_path_factory.mktemp("pushed")
-    folders = {"ta_tok": ta_tok_repo(), "ar_detok": ar_detok_repo()}
+    made = {"ta_tok": ta_tok_repo(), "ar_detok": ar_detok_repo()}
+    folders = {name: shutil.copytree(folder, root / name) for name, folder in made.items()}
     plain, full = root / "plain", root / "full"
     for folder in (plain, full):
         folder.mkdir()
@@ -314,6 +341,9 @@ def test_what_was_pushed_loads_by_its_id(pushed, name, request):
 def test_the_repository_holds_the_folder(pushed, ta_tok_repo):
     repo = pushed[0].repos["user/ta-tok"]
     files = {path.name: path.read_bytes() for path in Path(ta_tok_repo()).iterdir()}
+    loads = b'from_pretrained("%s", trust_remote_code=True)'
+    files["README.md"] = files["README.md"].replace(loads % b"repo", loads % b"user/ta-tok")
+    assert files["README.md"].count(b'"user/ta-tok"') == 2
     assert {name: data for name, data in repo.files().items() if name != ".gitattributes"} == files
     assert repo.commits[repo.refs["main"]].title == "First" and not repo.private
     assert pushed[1]["again"] == pushed[1]["ta_tok"], "a second time changes nothing"

@@ -44,8 +44,11 @@ def check_model(arguments, *parts: str):
 def local_ta_tok(model: str):
     """The configuration of a model's TA-Tok, or `None` where that takes a download."""
     from tar_hf import TATokConfig
+    from tar_hf.pipelines.tar_repository import read_parts
 
-    folder = Path(model) / _parts(Path(model)).get("ta_tok", "ta_tok")
+    if not Path(model).is_dir():
+        return None
+    folder = Path(model) / read_parts(model).get("ta_tok", "ta_tok")
     return TATokConfig.from_pretrained(folder) if folder.is_dir() else None
 
 
@@ -114,13 +117,9 @@ def _check_hub_id(option, value):
 
 def _part_may_exist(folder, part):
     """Whether a part is a folder below, or is noted to be elsewhere."""
-    return _parts(folder).get(part, part) != part or (folder / part).is_dir()
+    from tar_hf.pipelines.tar_repository import read_parts
 
-
-def _parts(folder):
-    from tar_hf.pipelines.tar_repository import PARTS_FILE
-
-    return _read_json(folder / PARTS_FILE) if (folder / PARTS_FILE).is_file() else {}
+    return read_parts(folder).get(part, part) != part or (folder / part).is_dir()
 
 
 def _read_json(path):

@@ -1,6 +1,5 @@
 """`tar-hf pretokenize`: a data set's pictures to codes, once, before training."""
 
-import json
 from pathlib import Path
 
 from tar_hf.cli.model import check_model
@@ -74,10 +73,9 @@ def _run(arguments):
 
 def _ta_tok(model):
     """Where the TA-Tok of a Tar repository is: a folder or a Hub id."""
-    from tar_hf.pipelines.tar_repository import PARTS_FILE, RepoFolder, local_folder
+    from tar_hf.pipelines.tar_repository import RepoFolder, read_parts
 
-    notes = local_folder(model, [PARTS_FILE], []) / PARTS_FILE
-    noted = json.loads(notes.read_text()).get("ta_tok", "ta_tok") if notes.is_file() else "ta_tok"
+    noted = read_parts(model).get("ta_tok", "ta_tok")
     return RepoFolder(model, noted, {}).fetch() if noted == "ta_tok" else noted
 
 

@@ -8,11 +8,11 @@ from huggingface_hub import metadata_load
 
 from tar_hf.conversion.checkpoint import ConversionError
 from tar_hf.conversion.folder import read_json
-from tar_hf.conversion.model_card import write_model_card
+from tar_hf.conversion.model_card import as_part, write_model_card
 from tar_hf.conversion.output import new_folder
-from tar_hf.conversion.publish import IGNORED
+from tar_hf.conversion.publish import is_ignored
 from tar_hf.modeling.modeling_ta_tok import TATokConfig
-from tar_hf.pipelines.tar_repository import PARTS_FILE, RepoFolder, local_folder, write_pipeline_code
+from tar_hf.pipelines.tar_repository import PARTS, PARTS_FILE, RepoFolder, read_parts, write_pipeline_code
 
 USAGE = """
 from transformers import pipeline
@@ -30,7 +30,8 @@ def assemble(output: str | Path, llm: str | Path, ta_tok: str | Path, detokenize
 
     Args:
         output (`str` or `Path`): Folder to make. It must not exist; it appears whole or not at all.
-        llm, ta_tok, detokenizer (`str` or `Path`): Folders that converters or training wrote.
+        llm, ta_tok, detokenizer (`str` or `Path`): Folders that converters or training wrote. Of a whole Tar
+            repository as `llm` only its root is taken.
 
     Raises:
         `ConversionError`: a folder of another kind, or parts that do not fit one another.
@@ -51,15 +52,17 @@ def assemble(output: str | Path, llm: str | Path, ta_tok: str | Path, detokenize
     tokens = tokens.num_tokens(min(tokens.scales))
     if longest is not None and longest < tokens:
         raise ConversionError(f"{detokenizer} takes {longest} tokens of a picture at most, but {ta_tok} makes {tokens}")
+    base_model = _base_model(llm)
     with new_folder(output) as folder:
-        shutil.copytree(llm, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*IGNORED))
-        shutil.copytree(ta_tok, folder / "ta_tok", ignore=shutil.ignore_patterns(*IGNORED))
+        _copy(llm, folder, *PARTS, PARTS_FILE)
+        _copy(ta_tok, folder / "ta_tok")
         _copy_detokenizer(detokenizer, folder / "detokenizer")
-        (folder / PARTS_FILE).write_text(
-            json.dumps({"ta_tok": "ta_tok", "detokenizer": "detokenizer"}, indent=2) + "\n"
-        )
+        for part in PARTS:
+            if (card := folder / part / "README.md").is_file():
+                card.write_text(as_part(card.read_text()))
+        (folder / PARTS_FILE).write_text(json.dumps({part: part for part in PARTS}, indent=2) + "\n")
         write_pipeline_code(folder)
-        write_tar_card(folder, Path(output).name, base_model=_base_model(llm))
+        write_tar_card(folder, Path(output).name, base_model)
 
 
 def copy_parts(source: str | Path, folder: str | Path, name: str | None = None):
@@ -73,22 +76,23 @@ def copy_parts(source: str | Path, folder: str | Path, name: str | None = None):
         name (`str`, *optional*): What its model card calls it. By default the folder's name.
     """
     folder = Path(folder)
-    notes = local_folder(source, [PARTS_FILE], []) / PARTS_FILE
-    if not notes.is_file():
+    parts = read_parts(source)
+    if not parts:
         return
-    for part, where in read_json(notes).items():
+    for part, where in parts.items():
         if where == part:
             shutil.copytree(RepoFolder(source, part, {}).fetch(), folder / part, dirs_exist_ok=True)
-    shutil.copyfile(notes, folder / PARTS_FILE)
+    (folder / PARTS_FILE).write_text(json.dumps(parts, indent=2) + "\n")
     write_pipeline_code(folder)
-    if (folder / "ta_tok").is_dir():
-        base_model = None if Path(source).is_dir() else str(source)
-        write_tar_card(folder, name or folder.name, base_model)
+    base_model = None if Path(source).is_dir() else str(source)
+    write_tar_card(folder, name or folder.name, base_model)
 
 
 def write_tar_card(folder: Path, name: str, base_model: str | None = None):
-    """Writes the model card of a whole Tar repository that will be known as `name`."""
-    config, ta_tok = read_json(folder / "config.json"), read_json(folder / "ta_tok" / "config.json")
+    """Writes the model card of a whole Tar repository that will be known as `name`. Its parts may lie elsewhere."""
+    config, parts = read_json(folder / "config.json"), read_parts(folder)
+    vocabulary = config.get("visual_vocabulary") or {}
+    detokenizer = "SANA" if (folder / "detokenizer" / "model_index.json").is_file() else "AR-DTok"
     write_model_card(
         folder,
         title="Tar, one model that understands and draws images",
@@ -99,22 +103,43 @@ def write_tar_card(folder: Path, name: str, base_model: str | None = None):
         facts={
             "language model": f"{config['model_type']}, {config.get('num_hidden_layers')} layers",
             "vocabulary": config.get("vocab_size"),
-            "image codes": ta_tok["codebook_size"],
-            "de-tokenizer": "SANA" if (folder / "detokenizer" / "model_index.json").is_file() else "AR-DTok",
+            "image codes": vocabulary.get("codebook_size"),
+            "image tokenizer": _where(parts, "ta_tok", "TA-Tok"),
+            "de-tokenizer": _where(parts, "detokenizer", detokenizer),
         },
         pipeline_tag="text-to-image",
         base_model=base_model,
     )
 
 
+def _where(parts: dict[str, str], part: str, kind: str) -> str:
+    """What a part is, or of which other repository."""
+    return kind if parts.get(part, part) == part else f"`{parts[part]}`"
+
+
 def _base_model(llm: Path) -> str | None:
     card = llm / "README.md"
-    return metadata_load(card).get("base_model") if card.is_file() else None
+    if not card.is_file():
+        return None
+    try:
+        return (metadata_load(card) or {}).get("base_model")
+    except Exception as error:  # of the YAML parser too
+        raise ConversionError(f"{card} does not begin with metadata in YAML: {error}") from None
+
+
+def _copy(source: Path, target: Path, *without: str):
+    """Copies a folder, but not what a push would not upload, nor the entries `without` of the folder itself."""
+
+    def left_out(folder, names):
+        ignored = {name for name in names if is_ignored(name) and Path(folder, name).is_dir()}
+        return ignored.union(without) if Path(folder) == source else ignored
+
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=left_out)
 
 
 def _copy_detokenizer(source: Path, target: Path):
     """Without the TA-Tok that a diffusion de-tokenizer may hold: weights are stored once, and it gets features here."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("ta_tok", *IGNORED))
+    _copy(source, target, "ta_tok")
     index = target / "model_index.json"
     if index.is_file():
         content = {**read_json(index), "ta_tok": [None, None]}
@@ -129,7 +154,13 @@ def _longest_condition(folder: Path) -> int | None:
 
 
 def _feature_width(folder: Path) -> int:
-    if (folder / "model_index.json").is_file():
+    if (index := folder / "model_index.json").is_file():
+        kind = read_json(index).get("_class_name")
+        if kind not in ("TarDiffusionDeTokPipeline", ["pipeline_tar_diffusion_detok", "TarDiffusionDeTokPipeline"]):
+            raise ConversionError(
+                f"{folder} must hold a TarDiffusionDeTokPipeline, got {kind}: make it with "
+                "`tar-hf convert diffusion-detok`"
+            )
         return read_json(folder / "transformer" / "config.json").get("caption_channels")
     config = read_json(folder / "config.json")
     if config.get("model_type") != "ar_detok":

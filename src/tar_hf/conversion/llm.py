@@ -1,7 +1,9 @@
 """Converts a Tar language model, saved as Qwen2 or as the original's llava_qwen, into a plain Qwen2 repository."""
 
 import json
+import re
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from tar_hf.conversion.folder import read_json, read_shapes, weight_files
 from tar_hf.conversion.model_card import write_model_card
 from tar_hf.conversion.output import new_folder
 from tar_hf.modeling.visual_vocabulary import ORIGINAL_NAMES, VisualVocabulary
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+ROWS = 4096  # of them that are compared at once
 
 # Copied byte for byte, so that every token keeps its id.
 TOKENIZER_FILES = (
@@ -72,6 +77,8 @@ def convert_llm(source: str | Path, output: str | Path, base_model: str | None =
     files = weight_files(source, SAFE_WEIGHTS_NAME)
     shapes = read_shapes(files)
     names, report = match_tensors(shapes, expected, lambda name: name, _droppable(config))
+    if config.tie_word_embeddings and HEAD in shapes:
+        _check_tied(files)
     left_out = sorted(fields.keys() - clean.keys())
     if left_out:
         report.notes.append(f"fields of config.json left out: {', '.join(left_out)}")
@@ -145,13 +152,34 @@ def _expected_shapes(config):
     with torch.device("meta"):
         state = Qwen2ForCausalLM(config).state_dict()
     if config.tie_word_embeddings:
-        state.pop("lm_head.weight")
+        state.pop(HEAD)
     return {name: tensor.shape for name, tensor in state.items()}
 
 
 def _droppable(config):
-    tied = {r"lm_head\.weight": "tied to the input embedding"} if config.tie_word_embeddings else {}
+    tied = {re.escape(HEAD): "tied to the input embedding"} if config.tie_word_embeddings else {}
     return {**DROPPABLE, **tied}
+
+
+def _check_tied(files):
+    """
+    Raises where the output embedding is not the input's, which the configuration says it is. Libraries differ in which
+    they take: transformers 4 ties them all the same, transformers 5 keeps both.
+    """
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
+        head, embedding = (
+            next(file.get_slice(name) for file in opened if name in file.keys()) for name in (HEAD, EMBEDDING)
+        )
+        rows = head.get_shape()[0]
+        same = head.get_shape() == embedding.get_shape() and all(
+            torch.equal(head[first : first + ROWS], embedding[first : first + ROWS]) for first in range(0, rows, ROWS)
+        )
+    if not same:
+        raise ConversionError(
+            f"config.json says that {HEAD} is tied to the input embedding, but it differs from {EMBEDDING}: set "
+            f"tie_word_embeddings to false to keep it, or remove it"
+        )
 
 
 def _write_weights(files, kept, folder):

@@ -1,6 +1,7 @@
 """Model cards of converted repositories, with the metadata that the Hub reads."""
 
 import json
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -28,11 +29,15 @@ From the paper {paper}. {origin}
 {usage}
 ```
 {note}"""
+OURS = "https://pypi.org/project/tar-hf/"  # in every card of `write_model_card`
+PART_NOTE = """## Use
+
+A part of the Tar repository that it lies in: `TarPipeline` loads it from there.
+"""
 
 ORIGINS = {
-    True: "Converted from `{source}` with [tar-hf](https://pypi.org/project/tar-hf/) {version}, with results equal to "
-    "the original code's.",
-    False: "Made with [tar-hf](https://pypi.org/project/tar-hf/) {version}.",
+    True: f"Converted from `{{source}}` with [tar-hf]({OURS}) {{version}}, with results equal to the original code's.",
+    False: f"Made with [tar-hf]({OURS}) {{version}}.",
 }
 
 # For repositories that carry their code.
@@ -80,3 +85,22 @@ def write_model_card(
             note=TRUST_NOTE if "trust_remote_code" in usage else "",
         )
     ).save(folder / "README.md")
+
+
+def name_repository(card: str, repository: str) -> str:
+    """
+    A card whose Python loads `repository` in place of the folder that the card was made for.
+
+    Names with a slash stay, and so does a card that `write_model_card` did not write.
+    """
+    text, heading, usage = card.partition("\n## Use\n")
+    if OURS not in text:
+        return card
+    quoted = json.dumps(repository, ensure_ascii=False)
+    return text + heading + re.sub(r'(from_pretrained\(|model=)"[^"/]+"', lambda found: found[1] + quoted, usage)
+
+
+def as_part(card: str) -> str:
+    """A card of a repository that has become a part of another, where its Python would find nothing."""
+    text, heading, _ = card.partition("## Use\n")
+    return text + PART_NOTE if heading and OURS in text else card

@@ -12,9 +12,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from tar_hf._version import __version__
+from tar_hf.conversion.model_card import name_repository
+from tar_hf.pipelines.tar_repository import PARTS, PARTS_FILE, read_parts
 
 METADATA = ("license", "library_name", "pipeline_tag")
-PARTS = ("ta_tok", "detokenizer")  # of a Tar repository, beside the language model in its root
 IGNORED = ("__pycache__", ".cache", ".git", "checkpoint-*", "runs")  # folders that are not uploaded
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 TEMPORARY = {".bak", ".incomplete", ".lock", ".orig", ".part", ".swp", ".temp", ".tmp"}
@@ -47,8 +48,9 @@ def push_folder(
     """
     Makes a model repository on the Hub, where there is none yet, and uploads a folder to it.
 
-    Before any request, `check_folder` loads the folder, which **runs the Python code in it**. Files that the repository
-    has already, and the folder has not, stay.
+    Before any request, `check_folder` loads the folder, which **runs the Python code in it**. In a card that this
+    package wrote, the lines that load the folder by its name are changed to the repository's id, in the folder too.
+    Files that the repository has already, and the folder has not, stay.
 
     Args:
         folder (`str` or `Path`): What a converter or `tar-hf assemble` made, or another diffusers or Qwen2 folder.
@@ -80,6 +82,11 @@ def push_folder(
     return _upload(folder, repo_id, private, revision, token, commit_message, create_pr)
 
 
+def is_ignored(name: str) -> bool:
+    """Whether a folder of this name is not uploaded."""
+    return any(fnmatch(name, pattern) for pattern in IGNORED)
+
+
 def check_folder(folder: str | Path):
     """
     Loads a folder in a fresh Python process in which tar-hf cannot be imported, offline and with empty caches.
@@ -109,6 +116,7 @@ def _parts(folder):
     parts = ["."]
     if not (folder / "model_index.json").is_file():  # which names the parts of a diffusers folder
         parts += [name for name in PARTS if (folder / name).is_dir()]
+        _check_noted_parts(folder)
     for part in parts:
         if (folder / part / "adapter_config.json").is_file():
             raise PublishError(f"{folder / part} is an adapter: publish what `tar-hf merge` makes of it and its base")
@@ -118,6 +126,30 @@ def _parts(folder):
                 "`tar-hf assemble`"
             )
     return parts
+
+
+def _check_noted_parts(folder):
+    """Raises for a part that tar.json says is in the folder, and is not, or where nobody else would find it."""
+    try:
+        noted = read_parts(folder)
+    except ValueError as error:
+        raise PublishError(str(error)) from None
+    for part, where in noted.items():
+        if where == part:
+            if not (folder / part).is_dir():
+                raise PublishError(f"{folder / PARTS_FILE} says that {part} is in {folder / part}, which is no folder")
+            continue
+        try:
+            validate_repo_id(where)
+        except ValueError:
+            found = False
+        else:
+            found = "/" in where and not Path(where).exists()
+        if not found:
+            raise PublishError(
+                f"{folder / PARTS_FILE} says that {part} is in {where!r}, where nobody else finds it: expected a "
+                "repository's id, such as 'user/name'"
+            )
 
 
 def _check_card(path):
@@ -135,7 +167,7 @@ def _check_card(path):
 def _check_files(folder):
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        if any(fnmatch(part, pattern) for part in parts for pattern in IGNORED):
+        if any(map(is_ignored, parts if path.is_dir() else parts[:-1])):
             continue
         if path.is_symlink() and not path.is_file():
             raise PublishError(f"{path} is a link that would not be uploaded: put what it points to in its place")
@@ -189,6 +221,8 @@ def _upload(folder, repo_id, private=None, revision=None, token=None, commit_mes
             raise PublishError(f"{repo_id} exists and is {found}, {asked} was asked for: change it in its settings")
         if revision is not None and not revision.startswith("refs/"):  # a pull request has its branch already
             create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+        card = Path(folder, "README.md")
+        card.write_text(name_repository(card.read_text(), repo_id))
         commit = upload_folder(
             repo_id=repo_id,
             folder_path=folder,

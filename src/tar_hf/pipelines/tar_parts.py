@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from .tar_repository import PARTS_FILE, RepoFolder, local_folder, named_model, write_pipeline_code
+from .tar_repository import PARTS, PARTS_FILE, RepoFolder, local_folder, named_model, read_parts, write_pipeline_code
 from .tar_sampling import known_options
 
 try:
@@ -110,10 +110,8 @@ class TarParts:
     ) -> Self:
         """A system of a language model, or what loads it, with the parts that its repository `path` names."""
         hub = (load_options or {}).get("hub", {})
-        notes = local_folder(path, [PARTS_FILE], [], **hub) / PARTS_FILE
-        parts = json.loads(notes.read_text()) if notes.is_file() else {}
-        sources = {}
-        for name, given in (("ta_tok", ta_tok), ("detokenizer", detokenizer)):
+        parts, sources = read_parts(path, **hub), {}
+        for name, given in zip(PARTS, (ta_tok, detokenizer), strict=True):
             noted = parts.get(name, name)
             if given is None and noted == name:  # a folder of this repository, fetched when it is needed
                 inside = RepoFolder(path, name, hub)

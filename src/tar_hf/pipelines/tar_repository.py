@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 SHIPPED = ("tar-mini", "tar-mini-diffusion")  # names of the system and of another de-tokenizer in the package
+PARTS = ("ta_tok", "detokenizer")  # beside the language model at the root
 PARTS_FILE = "tar.json"  # beside config.json: where the parts are, by folder or repo id
 # What `pipeline("text-to-image", ...)` needs where the package is not installed.
 CODE_FILES = (
@@ -54,6 +55,31 @@ def local_folder(path, allow, ignore, **hub) -> Path:
     if Path(path).is_dir():
         return Path(path)
     return Path(snapshot_download(str(path), allow_patterns=allow, ignore_patterns=ignore, **hub))
+
+
+def read_parts(path, **hub) -> dict[str, str]:
+    """
+    Where a repository says that its parts are: each in the folder of its own name, or elsewhere. Empty where it says
+    nothing.
+
+    Args:
+        path (`str` or `Path`): Folder or Hub id.
+        hub (*optional*): For the download.
+
+    Raises:
+        `ValueError`: a file that says anything else.
+    """
+    file = local_folder(path, [PARTS_FILE], [], **hub) / PARTS_FILE
+    if not file.is_file():
+        return {}
+    try:
+        parts = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    known = isinstance(parts, dict) and parts.keys() <= set(PARTS)  # names that become paths
+    if not (known and all(where and isinstance(where, str) for where in parts.values())):
+        raise ValueError(f"{file} must say where {' and '.join(PARTS)} are, as folders or Hub ids, got {parts!r}")
+    return parts
 
 
 def write_pipeline_code(folder: Path):
