@@ -1,6 +1,9 @@
 """The package's names: all there, loaded when used."""
 
 import importlib
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,3 +33,11 @@ def test_unknown_name():
 
 def test_dir_is_sorted_and_complete():
     assert dir(tar_hf) == sorted({*dir(tar_hf)}) and {*tar_hf.__all__} <= {*dir(tar_hf)}
+
+
+def test_python_3_10_is_enough():
+    """The oldest that `setup.cfg` allows; tests run on one version only."""
+    folder = Path(tar_hf.__file__).parent
+    command = [Path(sys.executable).with_name("vermin"), "-t=3.10-", "--no-tips", "--exclude", "long", "-v", folder]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

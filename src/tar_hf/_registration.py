@@ -27,6 +27,8 @@ ENTRY_POINTS = {
         "tar_hf.pipelines.diffusers_index",
     ),
 }
+HUB_OPTIONS = ("revision", "token", "local_files_only")
+FETCHED_WITH: dict[str, dict] = {}  # by model: the options with which `pipeline` fetches it
 
 
 def install():
@@ -60,7 +62,8 @@ def _register_before(auto_class, method, registering):
 
 def _serve_task(auto_config):
     """Lets `pipeline("text-to-image", model=...)` use the installed class: a repository that also carries the code for
-    those without the package would make the library insist on running that."""
+    those without the package would make the library insist on running that. And notes for that class what the parts are
+    to be fetched with, which the library keeps to itself."""
     original = auto_config.__dict__["from_pretrained"].__func__
 
     @functools.wraps(original)
@@ -70,6 +73,7 @@ def _serve_task(auto_config):
         tasks = getattr(config, "custom_pipelines", None) or {}
         if tasks.get(task, {}).get("impl") == "pipeline_text_to_image.TextToImagePipeline":
             config.custom_pipelines = {name: entry for name, entry in tasks.items() if name != task}
+            FETCHED_WITH[str(args[0])] = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         return config
 
     auto_config.from_pretrained = classmethod(from_pretrained)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tar_hf.conversion import convert_llm
 from tar_hf.conversion.assemble import assemble
@@ -124,7 +125,28 @@ def test_parts_load_when_they_are_needed(tar_repo, picture):
     assert "detokenizer" not in pipe._loaded
 
 
-def test_parts_can_be_passed_in_and_replaced(tar_repo, ta_tok_repo, ar_detok_repo, picture):
+def test_parts_go_along(tar_repo, ta_tok_repo, ar_detok_repo, diffusion_detok_repo):
+    parts = {
+        "ta_tok": TATokModel.from_pretrained(ta_tok_repo()),
+        "detokenizer": AutoModelForCausalLM.from_pretrained(ar_detok_repo("ar_dtok_64px")),
+    }
+    pipe = TarPipeline.from_pretrained(tar_repo, **parts).to("meta")
+    assert {pipe.device.type, pipe.decoder.device.type, pipe.detokenizer.device.type} == {"meta"}
+    pipe = TarPipeline.from_pretrained(tar_repo, detokenizer=str(diffusion_detok_repo()), device_map="meta")
+    assert pipe.detokenizer.device.type == "meta"
+
+
+def test_an_output_layer_on_the_disk_draws_the_same(pipe, tar_repo, tmp_path):
+    device_map = {"model": "cpu", "lm_head": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(tar_repo, device_map=device_map, offload_folder=tmp_path)
+    assert model.lm_head.weight.is_meta
+    away = TarPipeline(model, pipe.tokenizer, ta_tok=str(tar_repo / "ta_tok"), detokenizer=pipe.detokenizer)
+    for options in ({}, {"prompt_guidance_scale": 1.5}, {"jacobi_window": 8}):
+        here, there = (p("a cat", scale=3, generator=seeds(0), **options).codes for p in (pipe, away))
+        assert torch.equal(here, there)
+
+
+def test_parts_can_be_passed_in_and_replaced(tar_repo, ta_tok_repo, ar_detok_repo, picture, tmp_path):
     larger = TarPipeline.from_pretrained(tar_repo, detokenizer=ar_detok_repo("ar_dtok_128px"))
     assert larger("a cat", scale=3).images[0].size == (128, 128)
     small = TarPipeline.from_pretrained(tar_repo)
@@ -137,6 +159,9 @@ def test_parts_can_be_passed_in_and_replaced(tar_repo, ta_tok_repo, ar_detok_rep
     assert alone.decode(torch.arange(81)[None])[0].size == (64, 64)
     with pytest.raises(ValueError, match="pass image_processor= too"):
         alone.encode(picture)
+    with pytest.raises(ValueError, match="pass image_processor= too"):
+        alone.save_pretrained(tmp_path / "half")
+    assert not (tmp_path / "half").exists()
     whole = TarPipeline.from_pretrained(tar_repo, ta_tok=ta_tok, image_processor=small.image_processor)
     assert torch.equal(whole.encode(picture, scale=3), small.encode(picture, scale=3))
 
@@ -179,6 +204,7 @@ def test_one_in_one_out(pipe, picture):
     assert texts[0] == pipe.generate_text("Hello", max_new_tokens=2) and len(texts) == 2
     assert pipe.encode([picture, picture], scale=2).shape == (2, 169)
     assert len(pipe.reconstruct([picture], scale=3)) == 1
+    assert len(pipe.reconstruct(TWO, scale=3)) == 2
 
 
 def test_images_in_prompts(pipe, picture):
@@ -253,6 +279,9 @@ def test_callback_sees_every_stage_and_interrupts(pipe, picture):
 
 # Wrong input
 
+TWO = torch.zeros(2, 3, 30, 30, dtype=torch.uint8)
+MARKED = [{"role": "user", "content": [{"type": "text", "text": "<image> What is it?"}]}]
+
 
 @pytest.mark.parametrize(
     ("call", "message"),
@@ -272,7 +301,13 @@ def test_callback_sees_every_stage_and_interrupts(pipe, picture):
         (lambda pipe, image: pipe("a", prompt_guidance_scale=float("nan")), "got nan"),
         (lambda pipe, image: pipe.generate_text("a", generator=seeds(1)), "do_sample=True"),
         (lambda pipe, image: pipe.generate_text("a", do_sample=True, num_beams=2), "num_beams=2 only goes with do_sam"),
+        (lambda pipe, image: pipe.generate_text("a", num_return_sequences=2), "num_return_sequences=2: repeat the pr"),
+        (lambda pipe, image: pipe.generate_text("a", images=TWO), "expected one image for each <image>, got 2 for 1"),
+        (lambda pipe, image: pipe.generate_text("a", images=[[image, image]]), "got 2 for 1: pass a list"),
         (lambda pipe, image: pipe.decode(torch.tensor([[512] * 81])), r"0\.\.511"),
+        (lambda pipe, image: pipe.code_logits("a", torch.tensor([[-1] * 81]), scale=3), r"0\.\.511"),
+        (lambda pipe, image: pipe.code_logits("a", torch.tensor([[1] * 81]), scale=9), r"scale must be in 1\.\.3"),
+        (lambda pipe, image: pipe.chat(MARKED), "in chat an image is a part"),
     ],
 )
 def test_wrong_calls(pipe, picture, call, message):
@@ -304,6 +339,10 @@ def test_detokenizer_of_another_width_and_unknown_options(pipe):
         wrong("a cat", scale=3, callback=lambda *step: seen.append(step))
     with pytest.raises(TypeError, match="ARDeTokForCausalLM has no option temprature"):
         pipe("a cat", scale=3, temprature=1.0, callback=lambda *step: seen.append(step))
+    with pytest.raises(ValueError, match="guidance_scale must be at least 1, which turns guidance off, got 0.5"):
+        pipe("a cat", scale=3, guidance_scale=0.5, callback=lambda *step: seen.append(step))
+    with pytest.raises(TypeError, match="callback uses stopping_criteria of the de-tokenizer: pass one of the two"):
+        pipe("a cat", scale=3, stopping_criteria=[], callback=lambda *step: seen.append(step))
     assert not seen
 
 

@@ -53,8 +53,31 @@ def test_images_in_the_input(pipe):
     assert item["image"].size == (64, 64)
     with pytest.raises(ValueError, match="an input is a prompt"):
         pipe({"text": "a cat"})
+    with pytest.raises(ValueError, match=r"a prompt must be text, got \['a cat', 'a dog'\]: pass a list of inputs"):
+        pipe({"prompt": ["a cat", "a dog"]})
     with pytest.raises(TypeError, match="temprature"):
         pipe("a cat", temprature=1)
+
+
+def test_tensors_in_a_batch_of_inputs(pipe, monkeypatch):
+    pictures = torch.randint(0, 256, (2, 3, 30, 30), generator=seed(0), dtype=torch.uint8)
+    inputs = [{"prompt": "<image> but blue", "images": picture} for picture in pictures]
+    options = {"scale": 3, "do_sample": False}
+    read, seen = pipe.tar._pixel_values, []
+    monkeypatch.setattr(pipe.tar, "_pixel_values", lambda images: seen.append(read(images)) or seen[-1])
+    for each in inputs:
+        pipe(each, **options)
+    pipe(inputs, batch_size=2, **options)
+    one, other, *batch = seen
+    assert torch.equal(torch.stack(batch), torch.stack([one, other])) and not torch.equal(one, other)
+
+
+def test_parts_are_fetched_as_the_model_was(tar_repo):
+    hub = {"revision": "v1", "token": "hf_x", "local_files_only": True}
+    pipe = pipeline("text-to-image", model=str(tar_repo), **hub)
+    assert pipe.tar._load_options["hub"] == hub
+    own = pipeline("text-to-image", model=str(tar_repo), hub={"token": "hf_y"})
+    assert own.tar._load_options["hub"] == {"token": "hf_y"}
 
 
 def test_other_detokenizer(tar_repo, ar_detok_repo):

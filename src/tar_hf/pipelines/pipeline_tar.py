@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from .tar_drawing import check_jacobi, code_warpers, draw_codes, visual_logits
 from .tar_parts import TarParts
-from .tar_prompts import as_lists, chat_messages, check_prompts, turns_of_chat, user_turns
+from .tar_prompts import IMAGE, as_lists, chat_messages, check_prompts, turns_of_chat, user_turns
 from .tar_reflection import Judge, choose
 from .tar_sampling import Callback, TextOnly, Watch, make_generators, report, watch_pixels
 
@@ -123,7 +123,7 @@ class TarPipeline(TarParts):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
         generators = make_generators(generator, len(codes))
-        self._check_detokenizer(kwargs)
+        self._check_detokenizer(guidance_scale, callback, kwargs)
         return _output(self._pixels(codes, guidance_scale, generators, callback, kwargs), output_type)
 
     @torch.no_grad()
@@ -141,10 +141,10 @@ class TarPipeline(TarParts):
         return pixels.float().cpu()
 
     def reconstruct(self, image, scale: int = 1, callback: Callback | None = None, **kwargs):
-        """Image to codes to image; a list gives a list. `kwargs` are those of `decode`."""
+        """Image to codes to image; a list or batch gives a list. `kwargs` are those of `decode`."""
         codes = self.encode(image, scale=scale, callback=callback)
         images = self.decode(codes, callback=callback, **kwargs)
-        return images if isinstance(image, list | tuple) else images[0]
+        return images if isinstance(image, list | tuple) or len(codes) > 1 else images[0]
 
     # Drawing
 
@@ -250,7 +250,7 @@ class TarPipeline(TarParts):
             check_jacobi(self.model, jacobi_window)
             if isinstance(self.detokenizer, GenerationMixin):
                 kwargs["jacobi_window"] = jacobi_window
-        self._check_detokenizer(kwargs)
+        self._check_detokenizer(guidance_scale, callback, kwargs)
 
         given = self._read(images, image_scale, callback)
         rows = self._drawing_rows(prompts, given, scale)
@@ -335,6 +335,7 @@ class TarPipeline(TarParts):
         """
         prompts, images, _ = as_lists(prompt, images)
         check_prompts(prompts, images)
+        self.vocabulary.scale_id(scale)
         if codes.ndim != 2 or not len(codes) or len(codes) % len(prompts):
             raise ValueError(
                 f"codes must have the shape (images, tokens), with as many for each of {len(prompts)} prompts, got "
@@ -342,8 +343,8 @@ class TarPipeline(TarParts):
             )
         rows = self._drawing_rows(prompts, self._read(images, image_scale, None), scale)
         ids, mask = (t.repeat_interleave(len(codes) // len(prompts), 0) for t in self._pad(rows))
-        known = codes[:, :-1].to(ids.device)
-        ids = torch.cat([ids, known + self.vocabulary.first_code_id], 1)
+        known = self.vocabulary.codes_to_ids(codes)[:, :-1].to(ids.device)
+        ids = torch.cat([ids, known], 1)
         mask = torch.cat([mask, torch.ones_like(known)], 1)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         return visual_logits(self.model, self.vocabulary, ids, mask, positions, None, last=codes.shape[1])
@@ -406,6 +407,11 @@ class TarPipeline(TarParts):
     @torch.no_grad()
     def _write(self, rows, max_new_tokens, do_sample, generator, callback, **kwargs):
         ids, mask = self._pad(rows)
+        if kwargs.get("num_return_sequences", 1) != 1:
+            raise ValueError(
+                f"one answer is given for each prompt, num_return_sequences={kwargs['num_return_sequences']}: repeat "
+                "the prompt"
+            )
         if not do_sample and generator is not None:
             raise ValueError("generator only applies when text is sampled: pass do_sample=True")
         loop = None  # the library's own, with beams too
@@ -441,6 +447,11 @@ class TarPipeline(TarParts):
     def _read(self, images, scale, callback):
         """The images of each prompt as a list of codes (N,). All are opened before the first is encoded."""
         opened = [self._pixel_values(given) if given else None for given in images]
+        for pixels, given in zip(opened, images, strict=True):
+            if pixels is not None and len(pixels) != len(given):
+                raise ValueError(
+                    f"expected one image for each {IMAGE}, got {len(pixels)} for {len(given)}: pass a list"
+                )
         return [[] if pixels is None else list(self._encode(pixels, scale, callback)) for pixels in opened]
 
     def _prompt_ids(self, turns, codes, drawing=None, image_scale=1):

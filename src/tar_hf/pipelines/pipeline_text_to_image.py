@@ -4,17 +4,29 @@ Serves the installed package through the registry below, and repositories withou
 `pipeline_tar.py` and of what that needs, which `TarPipeline.save_pretrained` and `assemble` put beside `config.json`.
 """
 
+from dataclasses import dataclass
+
 from transformers import AutoModelForCausalLM, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 try:
+    from tar_hf._registration import FETCHED_WITH
     from tar_hf.modeling.packed_linear import pack_linears
     from tar_hf.pipelines.pipeline_tar import TarPipeline
 except ImportError:  # in a Hub repository, where the files stand side by side
     from .packed_linear import pack_linears
     from .pipeline_tar import TarPipeline
 
+    FETCHED_WITH = {}
+
 TASK = "text-to-image"
+
+
+@dataclass(frozen=True)
+class GivenImages:
+    """Of one input. The library would pad, and so spoil, tensors that it finds in a batch of inputs."""
+
+    images: object
 
 
 class TextToImagePipeline(Pipeline):
@@ -36,6 +48,9 @@ class TextToImagePipeline(Pipeline):
         ta_tok, detokenizer (*optional*, when the pipeline is made): Replace the repository's own.
         pack (`bool`, *optional*, when the pipeline is made, defaults to `False`): Pack the weights for drawing on a
             CPU, the model's in place, see `pack_linears`.
+        hub (`dict`, *optional*, when the pipeline is made): `revision`, `token` and `local_files_only` of the other
+            parts' download. By default as `pipeline` got them, where the package is installed: the library does not
+            tell a repository's own code.
     """
 
     _load_processor = False
@@ -44,12 +59,13 @@ class TextToImagePipeline(Pipeline):
     _load_tokenizer = True
     _pipeline_calls_generate = False
 
-    def __init__(self, *args, ta_tok=None, detokenizer=None, pack=False, **kwargs):
+    def __init__(self, *args, ta_tok=None, detokenizer=None, pack=False, hub=None, **kwargs):
         super().__init__(*args, **kwargs)
+        path = self.model.config.name_or_path
+        fetched_with = FETCHED_WITH.pop(str(path), {})
         # Whoever runs the copy of this file in a repository has trusted the repository, and so its parts.
         trust = None if __name__.startswith("tar_hf.") else True
-        options = {"dtype": self.model.dtype, "trust_remote_code": trust}
-        path = self.model.config.name_or_path
+        options = {"dtype": self.model.dtype, "trust_remote_code": trust, "hub": fetched_with if hub is None else hub}
         model = pack_linears(self.model) if pack else self.model
         self.tar = TarPipeline.around(model, self.tokenizer, path, ta_tok, detokenizer, options, pack=pack)
 
@@ -61,13 +77,15 @@ class TextToImagePipeline(Pipeline):
             inputs = {"prompt": inputs}
         if not isinstance(inputs, dict) or not {"prompt"} <= inputs.keys() <= {"prompt", "images"}:
             raise ValueError(f'an input is a prompt or {{"prompt", "images"}}, got {inputs!r}')
-        return {"prompt": inputs["prompt"], "images": inputs.get("images")}
+        if not isinstance(inputs["prompt"], str):
+            raise ValueError(f"a prompt must be text, got {inputs['prompt']!r}: pass a list of inputs for several")
+        return {"prompt": inputs["prompt"], "images": GivenImages(inputs.get("images"))}
 
     def _forward(self, inputs, **generate_kwargs):
-        prompts, images = inputs["prompt"], inputs["images"]
+        prompts, given = inputs["prompt"], inputs["images"]
         if isinstance(prompts, str):
-            prompts, images = [prompts], [images]
-        output = self.tar(prompts, images=images, **generate_kwargs)
+            prompts, given = [prompts], [given]
+        output = self.tar(prompts, images=[each.images for each in given], **generate_kwargs)
         each = len(output.images) // len(prompts)
         items = [
             {"image": image, "codes": codes.tolist()} for image, codes in zip(output.images, output.codes, strict=True)

@@ -8,14 +8,13 @@ This file travels with `pipeline_tar.py` into repositories, so it imports nothin
 import json
 import tempfile
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from .tar_repository import PARTS, PARTS_FILE, RepoFolder, local_folder, named_model, read_parts, write_pipeline_code
-from .tar_sampling import known_options
+from .tar_sampling import known_options, watch_pixels
 
 try:
     from tar_hf.modeling.packed_linear import pack_linears
@@ -34,7 +33,8 @@ class TarParts:
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         ta_tok (`TATokModel`, `str` or `Path`, *optional*): The image tokenizer, or where it is.
         image_processor (`TATokImageProcessor`, *optional*): By default the one that stands with `ta_tok`.
-        detokenizer (*optional*): Anything with `detokenize(features, generator=...)`, or where it is.
+        detokenizer (*optional*): Anything with `detokenize(features, generator=..., guidance_scale=..., **options)`, or
+            where it is.
         load_options (`dict`, *optional*): What `from_pretrained` of the parts gets.
         pack (`bool`, *optional*, defaults to `False`): See `from_pretrained`. A model that is passed in stays as it is.
     """
@@ -70,7 +70,7 @@ class TarParts:
         token: str | None = None,
         local_files_only: bool = False,
         trust_remote_code: bool | None = None,
-    ) -> Self:
+    ) -> "TarParts":
         """
         Loads the tokenizer and notes where the parts are.
 
@@ -81,7 +81,8 @@ class TarParts:
                 "tar-mini-diffusion" is the diffusion one of the small model, in the package too.
             image_processor (`TATokImageProcessor`, *optional*): For a `ta_tok` that is a model. By default the one that
                 stands with its files.
-            dtype, device_map, attn_implementation (*optional*): For every part.
+            dtype, device_map (*optional*): For every part. A diffusion de-tokenizer goes where TA-Tok's decoder is.
+            attn_implementation (*optional*): For every part that is a model of transformers.
             quantization_config (*optional*): For the language model.
             pack (`bool`, *optional*, defaults to `False`): Pack the weights of the language model and of AR-DTok for
                 drawing on a CPU, see `pack_linears`. Parts that are passed in as objects stay as they are.
@@ -107,7 +108,7 @@ class TarParts:
     @classmethod
     def around(
         cls, model, tokenizer, path, ta_tok=None, detokenizer=None, load_options=None, image_processor=None, pack=False
-    ) -> Self:
+    ) -> "TarParts":
         """A system of a language model, or what loads it, with the parts that its repository `path` names."""
         hub = (load_options or {}).get("hub", {})
         parts, sources = read_parts(path, **hub), {}
@@ -123,6 +124,8 @@ class TarParts:
     def save_pretrained(self, folder: str | Path):
         """Writes the language model at the root, and the parts that were given as objects or local folders below it."""
         folder = Path(folder)
+        if isinstance(self._sources["ta_tok"], nn.Module):
+            _ = self.image_processor  # raises where there is none, before anything is written
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         parts = {}
@@ -162,10 +165,10 @@ class TarParts:
         loaded = [self._loaded[name] for name in ("model", "decoder", "encoder") if name in self._loaded]
         return loaded[0].device if loaded else self._device
 
-    def to(self, device: str | torch.device) -> Self:
-        """Moves the parts that are loaded; the others will load there."""
+    def to(self, device: str | torch.device) -> "TarParts":
+        """Moves the parts that are loaded or were passed in; the others will load there."""
         self._device = torch.device(device)
-        for part in self._loaded.values():
+        for part in (*self._loaded.values(), *self._sources.values()):
             if hasattr(part, "to"):
                 part.to(device)
         return self
@@ -269,7 +272,8 @@ class TarParts:
 
             dtype = {"torch_dtype": options["dtype"]} if "dtype" in options else {}
             trust = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
-            return DiffusionPipeline.from_pretrained(folder, ta_tok=None, **dtype, **trust).to(self.device)
+            device = self.decoder.device if "device_map" in options else self.device
+            return DiffusionPipeline.from_pretrained(folder, ta_tok=None, **dtype, **trust).to(device)
         model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
         if not hasattr(model, "detokenize"):
             raise ValueError(f"{folder} holds no de-tokenizer but a {type(model).__name__}")
@@ -279,9 +283,13 @@ class TarParts:
         """What `from_pretrained` of a part gets: all but where the files come from."""
         return {name: value for name, value in self._load_options.items() if name != "hub"}
 
-    def _check_detokenizer(self, options):
-        """Refuses a de-tokenizer of another width, and options that it does not know, before anything is drawn."""
+    def _check_detokenizer(self, guidance_scale, callback, options):
+        """Refuses a de-tokenizer of another width, and options that it does not take, before anything is drawn."""
         detokenizer = self.detokenizer
+        if guidance_scale is not None and not guidance_scale >= 1:
+            raise ValueError(f"guidance_scale must be at least 1, which turns guidance off, got {guidance_scale}")
+        if twice := options.keys() & watch_pixels(detokenizer, callback).keys():
+            raise TypeError(f"callback uses {min(twice)} of the de-tokenizer: pass one of the two")
         width = getattr(detokenizer, "condition_size", None) or getattr(
             getattr(detokenizer, "config", None), "condition_size", None
         )

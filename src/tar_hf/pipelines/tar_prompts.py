@@ -42,8 +42,6 @@ def turns_of_chat(messages):
     for message in messages:
         content, role = message["content"], message["role"]
         if isinstance(content, str):
-            if IMAGE in content:
-                raise ValueError('in chat an image is a part {"type": "image", "image": ...}, not the mark <image>')
             content = [{"type": "text", "text": content}]
         text = ""
         for part in content:
@@ -51,6 +49,8 @@ def turns_of_chat(messages):
                 images.append(part["image"])
                 text += IMAGE if role == "assistant" else f"{IMAGE}\n"
             elif part["type"] == "text":
+                if IMAGE in part["text"]:
+                    raise ValueError('in chat an image is a part {"type": "image", "image": ...}, not the mark <image>')
                 text += part["text"]
             else:
                 raise ValueError(f"a part of a message is text or image, got {part['type']!r}")
