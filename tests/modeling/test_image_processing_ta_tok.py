@@ -175,14 +175,38 @@ def test_exif_orientation_is_applied(pixels, tmp_path):
     upright = Image.fromarray(noise(40, 20))
     for orientation, stored in {
         1: upright,
+        2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
         3: upright.transpose(Image.Transpose.ROTATE_180),
+        4: upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: upright.transpose(Image.Transpose.TRANSPOSE),
         6: upright.transpose(Image.Transpose.ROTATE_90),
+        7: upright.transpose(Image.Transpose.TRANSVERSE),
         8: upright.transpose(Image.Transpose.ROTATE_270),
     }.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
         stored.save(tmp_path / "photo.png", exif=exif)
         assert_same(pixels(Image.open(tmp_path / "photo.png")), training_pixels(upright))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_broken_exif_is_none(pixels, tmp_path, suffix):
+    file = tmp_path / f"photo.{suffix}"
+    Image.fromarray(noise(40, 20)).save(file, exif=b"Exif\0\0garbage!", dpi=(72, 72))
+    assert_same(pixels(Image.open(file)), training_pixels(Image.open(file).convert("RGB")))
+
+
+def test_a_bad_entry_beside_the_orientation_does_not_matter(pixels, tmp_path):
+    upright = Image.fromarray(noise(40, 20))
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0110] = 6, "1"
+    # XResolution (0x011A) as text, which Pillow's own rotation cannot write again: patched in for Model (0x0110).
+    stored = exif.tobytes().replace(b"\x10\x01\x02\x00", b"\x1a\x01\x02\x00")
+    stored = stored.replace(b"\x01\x10\x00\x02", b"\x01\x1a\x00\x02")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.png", exif=stored)
+    with Image.open(tmp_path / "photo.png") as image:
+        assert image.getexif()[0x011A] == "1"
+    assert_same(pixels(Image.open(tmp_path / "photo.png")), training_pixels(upright))
 
 
 def test_the_given_image_is_left_as_it_was(pixels):

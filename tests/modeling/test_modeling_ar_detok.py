@@ -506,11 +506,34 @@ def test_pixels_that_cannot_be_encoded(tiny, pixels, message):
         ({"guidance_interval": 2, "cache_implementation": "quantized"}, "cache_implementation='quantized'"),
         ({"generator": [torch.Generator()]}, r"per sample \(2\), got a list of 1"),
         ({"temprature": 0.3}, "temprature"),
+        ({"input_ids": torch.zeros(2, 5).long()}, "from the first token on: leave input_ids out"),
+        ({"inputs": torch.zeros(2, 5).long()}, "leave inputs out"),
+        ({"past_key_values": DynamicCache(), "jacobi_window": 4}, "jacobi_window has a cache of its own: leave it out"),
     ],
 )
 def test_options_that_cannot_be_respected(tiny, options, message):
     with pytest.raises(ValueError, match=message):
         tiny.generate(condition=condition_of(), **options)
+
+
+def test_a_cache_of_another_image_is_refused(tiny):
+    cache = DynamicCache()
+    tiny(condition=condition_of(), past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="past_key_values must be empty"):
+        tiny.generate(condition_of(), past_key_values=cache)
+
+
+def test_drawing_in_training_mode_is_refused(tiny):
+    with pytest.raises(ValueError, match=r"dropped at random: call eval\(\) before drawing"):
+        tiny.train().generate(condition_of())
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": False}, {"jacobi_window": 4}])
+def test_scores_that_are_no_numbers_draw_nothing(tiny, options):
+    condition = condition_of()
+    condition[1, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"the model's scores are not numbers \(NaN\)"):
+        tiny.generate(condition, **options)
 
 
 def test_right_length_options_are_accepted(tiny):
@@ -524,6 +547,12 @@ def test_labels_that_cannot_be_inputs(tiny):
     labels[0, 3] = -100
     with pytest.raises(ValueError, match="pass input_ids too"):
         tiny(labels=labels, condition=condition_of())
+    with pytest.raises(ValueError, match="condition is missing"):
+        tiny(labels=labels.clamp(min=0))
+    with pytest.raises(ValueError, match="condition is missing"):
+        tiny(input_ids=labels[:, :-1], labels=labels)
+    with pytest.raises(ValueError, match="labels must be the 16 tokens of a .* px image, got 80"):
+        tiny(labels=torch.zeros(2, 80).long(), condition=condition_of())
     with pytest.raises(ValueError, match="condition, input_ids or both"):
         tiny()
 

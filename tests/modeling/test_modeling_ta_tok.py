@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Siglip2VisionConfig, SiglipVisionConfig
 
 from tar_hf import TATokConfig, TATokModel
 from tar_hf.modeling import modeling_ta_tok
@@ -714,3 +714,46 @@ def test_default_configuration_is_the_published_one():
     assert math.isclose(encoder, 397e6, rel_tol=0.01)  # 26 layers of so400m, without head and final norm
     assert tuple(model.quantizer.embedding.weight.shape) == (65536, 1536)
     assert modeling_ta_tok.TATokConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (
+            lambda pixels: ((pixels + 1) * 127.5).to(torch.uint8),
+            TypeError,
+            "floating-point numbers in -1..1, got torch.uint8",
+        ),
+        (
+            lambda pixels: (pixels + 1) * 127.5,
+            ValueError,
+            r"must be in -1\.\.1, as TATokImageProcessor gives them, got",
+        ),
+        (lambda pixels: pixels.index_fill(0, torch.tensor(1), torch.nan), ValueError, r"must be in -1\.\.1.*got nan"),
+    ],
+)
+def test_pixels_of_another_range_are_refused(tiny, change, kind, message):
+    with pytest.raises(kind, match=message):
+        tiny.encode(change(random_pixels()))
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 1.0}])
+def test_vectors_that_are_no_numbers_have_no_codes(tiny, options):
+    tiny.in_proj.weight.data[0] = torch.inf
+    with pytest.raises(ValueError, match="the encoder's vectors are not all finite numbers"):
+        tiny.encode(random_pixels(), **options)
+
+
+def test_a_temperature_that_is_no_number(tiny):
+    with pytest.raises(ValueError, match="temperature must be positive, got nan"):
+        tiny.encode(random_pixels(), do_sample=True, temperature=float("nan"))
+
+
+def test_configurations_given_as_objects_have_no_head_either():
+    config = tiny_config()
+    head = {"vision_use_head": True}
+    encoder = SiglipVisionConfig(**{**config.encoder_config.to_diff_dict(), **head})
+    decoder = Siglip2VisionConfig(**{**config.decoder_config.to_diff_dict(), **head})
+    given = tiny_config(encoder_config=encoder, decoder_config=decoder)
+    assert TATokModel(given).state_dict().keys() == TATokModel(config).state_dict().keys()
+    assert encoder.vision_use_head, "the caller's stays as it is"

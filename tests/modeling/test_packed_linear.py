@@ -1,5 +1,7 @@
 """Packed weights: the same results, the same file, and nothing that pretends to train or move."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -41,6 +43,28 @@ def test_what_is_saved_is_what_was_loaded(detokenizer, ar_detok_repo, tmp_path):
     before = ARDeTokForCausalLM.from_pretrained(ar_detok_repo()).state_dict()
     after = ARDeTokForCausalLM.from_pretrained(tmp_path).state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_weights_are_copied_and_loaded(detokenizer):
+    condition = torch.randn(2, 9, detokenizer.config.condition_size, generator=torch.Generator().manual_seed(0))
+    other = copy.deepcopy(pack_linears(detokenizer))
+    ids = torch.arange(4).repeat(2, 1)
+    expected = detokenizer(ids, condition).logits
+    assert torch.equal(other(ids, condition).logits, expected)
+    other.load_state_dict({name: torch.zeros_like(value) for name, value in other.state_dict().items()})
+    assert not torch.equal(other(ids, condition).logits, expected)
+    other.load_state_dict(detokenizer.state_dict())
+    assert torch.equal(other(ids, condition).logits, expected)
+
+
+def test_weights_and_inputs_that_do_not_fit():
+    packed = PackedLinear(nn.Linear(24, 40))
+    with pytest.raises(RuntimeError, match=r"weight must be \(40, 24\), got \(24, 40\)"):
+        packed.load_state_dict({"weight": torch.zeros(24, 40), "bias": torch.zeros(40)})
+    with pytest.raises(RuntimeError, match="Missing key.*weight"):
+        packed.load_state_dict({"bias": torch.zeros(40)})
+    with pytest.raises(TypeError, match=r"packed in torch.float32 take inputs of it, got torch.bfloat16"):
+        packed(torch.zeros(2, 24, dtype=torch.bfloat16))
 
 
 def test_what_cannot_be_packed_is_refused_whole():

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ChannelDimension, SizeDict
@@ -18,6 +18,17 @@ from transformers.utils import TensorType, is_torchvision_available
 
 # What preprocessor_config.json holds beside the settings.
 _BOOKKEEPING = {"image_processor_type", "auto_map", "processor_class", "feature_extractor_type"}
+
+# By EXIF orientation. 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class TATokImageProcessorKwargs(TypedDict, total=False):
@@ -52,7 +63,7 @@ class TATokImageProcessor(PilBackend):
     | `P`, `CMYK`, `YCbCr`, `HSV` and others | PIL's `convert("RGB")` |
     | `I;16`, any byte order | the high byte, as Pillow reads 16-bit colour; its `convert` would clip to white |
     | `I`, `F` | ValueError: these modes don't say which value is white |
-    | EXIF orientation | applied, so that pictures stand upright; the original ignored it |
+    | EXIF orientation | applied, so that pictures stand upright; the original ignored it. Unreadable EXIF is none |
     | several frames (GIF, APNG, WebP, TIFF) | ValueError; a phone's MPO gives its main picture |
     | a truncated or damaged file | OSError with its name |
     | `str`, `os.PathLike` | a local file, opened when its turn comes; a URL or data URI is a ValueError |
@@ -233,11 +244,13 @@ def _pil_to_rgb(image: Image.Image) -> np.ndarray:
     try:
         # A phone's MPO is one shot; its further frames are previews, depth or gain maps.
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-        upright = ImageOps.exif_transpose(image) if frames == 1 else None
+        if frames == 1:
+            image.load()
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error...
         raise OSError(f"Could not decode the {name}, truncated or damaged: {error}.") from error
-    if upright is None:
+    if frames != 1:
         raise ValueError(f"Expected a still image, got {frames} frames ({name}): seek one and pass its convert('RGB').")
+    upright = _upright(image)
     if upright.mode in ("I", "F"):
         raise ValueError(
             f"The {name} doesn't say which value is white: pass an array scaled to 0..1 as float, or 0..255 as uint8."
@@ -249,6 +262,16 @@ def _pil_to_rgb(image: Image.Image) -> np.ndarray:
     elif upright.mode in ("RGBa", "La"):
         upright = upright.convert(upright.mode.upper())
     return np.array(upright.convert("RGB"))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF says. Pillow's own function writes the EXIF anew, which fails on bad entries that
+    have nothing to do with it."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # no EXIF at all; Pillow raises as above
+        return image
+    return image if orientation not in TURNS else image.transpose(TURNS[orientation])
 
 
 def _channels_first(image: np.ndarray, layout: str | ChannelDimension | None) -> np.ndarray:

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .seeded_decoding import draw_tokens
+from .seeded_decoding import NumbersOnly, draw_tokens
 
 # What looks at a token's scores alone, and at none of the tokens before.
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper)
@@ -154,9 +154,10 @@ def jacobi_decoding(
         guidance_scale = guidance[0] if guidance else None
         copies = 2 if guidance else 1  # of each row, under guidance
         uniform = make_uniform(rows, input_ids.device) if generation_config.do_sample else None
+        numbers = NumbersOnly()
 
         def choose(logits, columns):
-            scores = logits_processor(input_ids, logits.float())
+            scores = logits_processor(input_ids, numbers(None, logits.float()))
             if uniform is None:
                 return scores.argmax(-1)
             return draw_tokens(scores, uniform.gather(1, columns.clamp(max=total - 1)).flatten())
@@ -184,6 +185,7 @@ def jacobi_decoding(
             return bool(stopping_criteria(tokens[:, :known], None).all())
 
         tokens = jacobi_decode(first.logits[:, -1], next_logits, choose, total, window, on_step)
+        numbers.check()
         if streamer is not None:
             streamer.end()
         if generation_config.return_dict_in_generate:

@@ -427,7 +427,12 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
             `CausalLMOutputWithPast`: `logits` (B, L + 1, V) where a condition is given: `logits[:, j]` predicts image
             token j. Without it (B, L, V), for the tokens that follow each input.
         """
+        if labels is not None and condition is None and past_key_values is None:
+            raise ValueError("condition is missing: an image is learnt behind TA-Tok's features")
         if labels is not None and input_ids is None:
+            tokens, size = self.config.num_image_tokens, self.config.image_size
+            if labels.shape[1] != tokens:
+                raise ValueError(f"labels must be the {tokens} tokens of a {size} px image, got {labels.shape[1]}")
             if not torch.compiler.is_compiling() and (labels == -100).any():
                 raise ValueError("labels hold -100, so the inputs cannot be derived from them: pass input_ids too")
             input_ids = labels[:, :-1]
@@ -447,7 +452,7 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state[:, first:]
         logits = self.lm_head(hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states)
         if guidance_scale is not None:
-            conditional, unconditional = logits.chunk(2)
+            conditional, unconditional = logits.float().chunk(2)
             logits = unconditional + guidance_scale * (conditional - unconditional)
 
         loss = None
@@ -499,8 +504,18 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
             `return_dict_in_generate=True`. Always M tokens, unless the caller's own `stopping_criteria` end it earlier.
 
         Raises:
-            `ValueError`: a condition of another width, a length option, or a mode other than the two.
+            `ValueError`: a condition of another width, a length option, a mode other than the two, tokens to go on
+            from, a cache that is not empty, a model in training mode, or scores that are NaN.
         """
+        if self.training:
+            raise ValueError(
+                "in training mode conditions and features are dropped at random: call eval() before drawing"
+            )
+        for name in ("inputs", "input_ids", "inputs_embeds"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"an image is drawn from its condition, from the first token on: leave {name} out")
+        if (cache := kwargs.get("past_key_values")) is not None and (jacobi_window or cache.get_seq_length()):
+            raise ValueError("past_key_values must be empty, and jacobi_window has a cache of its own: leave it out")
         num_tokens = self.config.num_image_tokens
         for config in (kwargs, {} if generation_config is None else generation_config.to_diff_dict()):
             for option in ("max_length", "min_length", "max_new_tokens", "min_new_tokens", "eos_token_id", "max_time"):

@@ -32,6 +32,16 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 ENCODED_TOGETHER = 4  # images on a CPU: more are no faster, and each takes 70 MB of its own at full size
+TOLERANCE = 1e-3  # of pixels beyond -1..1, which rounding may leave there
+
+
+def _without_head(config: dict | PreTrainedConfig, kind: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """A vision model's configuration without the pooling head."""
+    if isinstance(config, PreTrainedConfig):
+        if not getattr(config, "vision_use_head", False):
+            return config
+        config = config.to_diff_dict()
+    return kind(**{**config, "vision_use_head": False})
 
 
 @strict
@@ -98,9 +108,8 @@ class TATokConfig(PreTrainedConfig):
                 "image_size": 384,
                 "patch_size": 14,
             }
-        if isinstance(self.encoder_config, dict):
-            # The final norm and the pooling head never reach the output, so the model has neither.
-            self.encoder_config = SiglipVisionConfig(**{**self.encoder_config, "vision_use_head": False})
+        # The final norm and the pooling head never reach the output, so the models have neither.
+        self.encoder_config = _without_head(self.encoder_config, SiglipVisionConfig)
         if self.decoder_config is None:
             self.decoder_config = {
                 "hidden_size": self.encoder_config.hidden_size,
@@ -108,8 +117,7 @@ class TATokConfig(PreTrainedConfig):
                 "num_hidden_layers": 3,
                 "patch_size": 1,
             }
-        if isinstance(self.decoder_config, dict):
-            self.decoder_config = Siglip2VisionConfig(**{**self.decoder_config, "vision_use_head": False})
+        self.decoder_config = _without_head(self.decoder_config, Siglip2VisionConfig)
         self.scales = [1, 2, 3] if self.scales is None else list(self.scales)
         super().__post_init__(**kwargs)
         if self.decoder_config.hidden_size != self.encoder_config.hidden_size:
@@ -484,7 +492,8 @@ class TATokModel(TATokPreTrainedModel):
     def codebook(self) -> torch.Tensor:
         """(K, D) projected codes, l2-normalised where the configuration says so, in the model's dtype.
 
-        Computed once and kept in evaluation mode; follows `.to()`, dtype changes and newly loaded weights."""
+        Computed once and kept in evaluation mode; follows `.to()`, dtype changes and newly loaded weights. Weights that
+        are written through `.data` are not noticed: call `.train()` and `.eval()` behind that."""
         return self.quantizer.vectors()
 
     @torch.no_grad()
@@ -512,9 +521,15 @@ class TATokModel(TATokPreTrainedModel):
             `torch.LongTensor` of shape `(B, N)`: codes 0..K-1.
 
         Raises:
-            `ValueError`: an unsupported scale, pixels of another shape, or sampling options that cannot apply.
+            `TypeError`: pixels of an integer type. `ValueError`: an unsupported scale, pixels of another shape or
+            range, sampling options that cannot apply, or vectors that come out as NaN or infinite.
         """
         self._check_pixels(pixel_values, scale)
+        low, high = (0, 0) if not len(pixel_values) else torch.stack([*pixel_values.aminmax()]).tolist()
+        if not (low >= -1 - TOLERANCE and high <= 1 + TOLERANCE):  # written so that NaN fails too
+            raise ValueError(
+                f"pixel_values must be in -1..1, as TATokImageProcessor gives them, got {low:.4g}..{high:.4g}"
+            )
         on_cpu = pixel_values.device.type == "cpu"
         parts = pixel_values.split(ENCODED_TOGETHER if on_cpu else max(1, len(pixel_values)))
         pre_quantized = torch.cat([self._pre_quantize(part, scale)[0] for part in parts])
@@ -646,6 +661,8 @@ class TATokModel(TATokPreTrainedModel):
                 f"pixel_values must have the shape (batch, {', '.join(map(str, expected))}), got "
                 f"{tuple(pixel_values.shape)}; TATokImageProcessor resizes images to it"
             )
+        if not pixel_values.is_floating_point():
+            raise TypeError(f"pixel_values must be floating-point numbers in -1..1, got {pixel_values.dtype}")
 
     def _pre_quantize(self, pixel_values, scale, **kwargs):
         encoder_outputs = self.encoder(pixel_values, **kwargs)
@@ -662,6 +679,11 @@ class TATokModel(TATokPreTrainedModel):
     def _choose(self, z, do_sample, temperature, generator):
         """The bottleneck's vectors (B, N, D) -> codes (B, N)."""
         flat = z.flatten(0, 1)
+        if not self.training and not flat.isfinite().all():
+            raise ValueError(
+                "the encoder's vectors are not all finite numbers: its weights are broken, or too large for its dtype; "
+                "float16 overflows where bfloat16 and float32 do not"
+            )
         if do_sample:
             temperature = self._sampling_temperature(temperature)
             uniform = _uniform(*z.shape[:2], generator, z.device)
@@ -680,7 +702,7 @@ class TATokModel(TATokPreTrainedModel):
         temperature = self.config.stochastic_temperature if temperature is None else temperature
         if temperature is None:
             raise ValueError("this checkpoint has no temperature of its own to sample with: pass temperature=")
-        if temperature <= 0:
+        if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         return temperature
 
@@ -696,6 +718,8 @@ def _uniform(batch_size, length, generator, device):
         generator.seed()
     if isinstance(generator, torch.Generator):
         generators = [generator] * batch_size
+    elif not isinstance(generator, list | tuple):
+        raise TypeError(f"a generator is a torch.Generator or a list of them, got {generator!r}")
     elif len(generator) == batch_size:
         generators = generator
     else:

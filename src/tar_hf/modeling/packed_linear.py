@@ -5,6 +5,8 @@ there: with AVX2 and float32, two rows (guidance) take it twice the time of one.
 that. The compiler of torch packs weights too, with the operators used here; this needs no compiler.
 """
 
+from copy import deepcopy
+
 import torch
 from torch import nn
 
@@ -28,7 +30,7 @@ class PackedLinear(nn.Module):
         weight = linear.weight.detach()
         self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, weight.dtype
         self.bias = linear.bias
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+        self._packed = _pack(weight)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -36,6 +38,8 @@ class PackedLinear(nn.Module):
         return self._packed.to_dense()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.dtype != self.dtype:
+            raise TypeError(f"weights that were packed in {self.dtype} take inputs of it, got {input.dtype}")
         return torch.ops.mkldnn._linear_pointwise(input, self._packed, self.bias, "none", [], "")
 
     def extra_repr(self) -> str:
@@ -47,9 +51,29 @@ class PackedLinear(nn.Module):
             raise ValueError(f"packed weights stay {self.dtype} on the CPU: load the model again for {there.device}")
         return super()._apply(fn, recurse)
 
+    def __deepcopy__(self, memo):
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, dtype=self.dtype, device="meta")
+        linear.weight = nn.Parameter(self.weight, requires_grad=False)
+        linear.bias = deepcopy(self.bias, memo)
+        return memo.setdefault(id(self), PackedLinear(linear))
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        weight = state_dict.pop(f"{prefix}weight", None)
+        if weight is None:
+            missing.append(f"{prefix}weight")
+        elif weight.shape != (self.out_features, self.in_features):
+            errors.append(f"{prefix}weight must be {(self.out_features, self.in_features)}, got {tuple(weight.shape)}")
+        else:
+            self._packed = _pack(weight.to(self.dtype))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.weight
+
+
+def _pack(weight):
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
 
 
 def check_packable(linear: nn.Linear):

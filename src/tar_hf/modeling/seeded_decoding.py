@@ -18,6 +18,8 @@ def draw_uniform(batch_size, length, generator, device):
         generator.seed()
     if isinstance(generator, torch.Generator):
         generators = [generator] * batch_size
+    elif not isinstance(generator, list | tuple):
+        raise TypeError(f"a generator is a torch.Generator or a list of them, got {generator!r}")
     elif len(generator) == batch_size:
         generators = generator
     else:
@@ -32,6 +34,26 @@ def draw_tokens(scores: torch.FloatTensor, uniform: torch.FloatTensor) -> torch.
     # `right` finds the first token whose end lies beyond the number, so never one of probability zero.
     token = torch.searchsorted(cumulative, target, right=True)
     return torch.where(token < scores.shape[-1], token, scores.argmax(-1, keepdim=True))[:, 0]  # target rounded up
+
+
+class NumbersOnly(LogitsProcessor):
+    """Looks for NaN, which every way to choose a token takes for some number. Waits for no device before `check`."""
+
+    def __init__(self):
+        self.found = None
+
+    def __call__(self, input_ids: torch.LongTensor | None, scores: torch.FloatTensor) -> torch.FloatTensor:
+        found = scores.isnan().any()
+        self.found = found if self.found is None else self.found | found
+        return scores
+
+    def check(self):
+        """Raises a `ValueError` if any scores were NaN."""
+        if self.found is not None and self.found:
+            raise ValueError(
+                "the model's scores are not numbers (NaN): its weights or inputs are broken or overflow its dtype; "
+                "float16 overflows where bfloat16 and float32 do not"
+            )
 
 
 class SeededDraw(LogitsProcessor):
@@ -71,7 +93,8 @@ def seeded_decoding(
     """
 
     def decode(model, input_ids, logits_processor, generation_config, **kwargs):
-        draw = None
+        draw, numbers = None, NumbersOnly()
+        logits_processor.insert(0, numbers)
         if generation_config.do_sample:
             draw = SeededDraw(make_uniform(len(input_ids), input_ids.device), start=input_ids.shape[1])
             draw.keep_scores = generation_config.return_dict_in_generate and generation_config.output_scores
@@ -87,6 +110,7 @@ def seeded_decoding(
             **loop_options,
             **kwargs,
         )
+        numbers.check()
         if draw is not None and draw.keep_scores:
             output.scores = tuple(draw.scores)
         return output

@@ -24,11 +24,11 @@ from transformers import (
 try:
     from tar_hf.modeling.jacobi_decoding import RowCache, jacobi_decode
     from tar_hf.modeling.reserved_cache import reserve
-    from tar_hf.modeling.seeded_decoding import draw_tokens
+    from tar_hf.modeling.seeded_decoding import NumbersOnly, draw_tokens
 except ImportError:  # in a Hub repository, where the files stand side by side
     from .jacobi_decoding import RowCache, jacobi_decode
     from .reserved_cache import reserve
-    from .seeded_decoding import draw_tokens
+    from .seeded_decoding import NumbersOnly, draw_tokens
 
 # Settings of a model that do more to the logits than the output layer, so that a slice of that layer is not enough.
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -74,10 +74,14 @@ def draw_codes(
 
     Returns:
         `torch.LongTensor` of shape `(B, N)`, on the CPU.
+
+    Raises:
+        `ValueError`: logits that are NaN.
     """
     images, tokens = uniform.shape
     guided = guidance_scale is not None
     uniform, sources = uniform.to(model.device), sources.to(model.device)
+    numbers = NumbersOnly()
 
     def twice(tensor):
         return torch.cat([tensor, tensor]) if guided else tensor
@@ -90,6 +94,7 @@ def draw_codes(
 
     def choose(logits, columns):
         """Codes (n,) by logits (n, K), for the columns (B, n / B)."""
+        numbers(None, logits)
         if warpers is None:
             return logits.argmax(-1)
         return draw_tokens(warpers(None, logits), uniform.gather(1, columns.clamp(max=tokens - 1)).flatten())
@@ -117,7 +122,9 @@ def draw_codes(
         def on_window(codes, known):
             on_step(known)
 
-        return jacobi_decode(logits, next_logits, choose, tokens, jacobi_window, on_window).cpu()
+        codes = jacobi_decode(logits, next_logits, choose, tokens, jacobi_window, on_window)
+        numbers.check()
+        return codes.cpu()
 
     reserve(cache, prompt_length + tokens)
     mask = _decoding_mask(model, mask, tokens)
@@ -130,6 +137,7 @@ def draw_codes(
             shown = mask[..., : mask.shape[-1] - tokens + step]
             ids = twice(codes[:, -1:] + vocabulary.first_code_id)
             logits = guide(logits_of(ids, shown, positions + step - 1, last=1)[:, 0])
+    numbers.check()
     return codes.cpu()
 
 
