@@ -1,12 +1,13 @@
 """Adapters of the golden language model: trained, saved, loaded again, merged."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from huggingface_hub import metadata_load
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2ForCausalLM
 
 from tar_hf import TarPipeline, VisualVocabulary
 from tar_hf.training.conversations import ConversationTokenizer, to_dataset
@@ -163,6 +164,38 @@ def test_trl_trains_our_adapter(llm_rows, tar_repo, tmp_path):
 def test_the_embeddings_may_stay(llm_recipe, tar_repo, tmp_path):
     recipe = llm_recipe("out", "lora={r: 2, train_embeddings: false, target_modules: [q_proj]}", learning_rate=1e-2)
     merge_adapter(train(recipe), tmp_path / "merged")
+    merged, base = (Qwen2ForCausalLM.from_pretrained(folder).state_dict() for folder in (tmp_path / "merged", tar_repo))
+    changed = {name for name, weight in merged.items() if not torch.equal(weight, base[name])}
+    assert changed == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
+
+
+def test_how_the_adapter_generates_is_merged_too(llm_recipe, tar_repo, tmp_path, monkeypatch):
+    options = {"prompt_guidance_scale": 1.5, "self_reflect": 3, "self_reflect_pictures": 2}
+    said = [f"model.{name}={value}" for name, value in options.items()]
+    output = train(llm_recipe("out", "lora={r: 2}", *said, max_steps=1, save_strategy="steps"))
+    whole = train(llm_recipe("whole", *said, max_steps=1))
+    expected = json.loads((whole / "generation_config.json").read_text())
+    assert options.items() <= expected.items()
+    # An adapter of the Hub, as its client keeps it on this machine.
+    kept = tmp_path / "cache" / "models--user--adapter"
+    shutil.copytree(output, kept / "snapshots" / ("0" * 40), ignore=shutil.ignore_patterns("checkpoint-*"))
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for i, adapter in enumerate((output, output / "checkpoint-1", "user/adapter")):
+        merge_adapter(adapter, tmp_path / f"merged{i}")
+        assert json.loads((tmp_path / f"merged{i}" / "generation_config.json").read_text()) == expected
+    (output / "generation_config.json").unlink()  # as older versions wrote it: the base's
+    merge_adapter(output, tmp_path / "older")
+    merged, base = (GenerationConfig.from_pretrained(place) for place in (tmp_path / "older", tar_repo))
+    assert merged == base
+
+
+def test_muon_steps_an_adapter_alone(llm_recipe, tar_repo, tmp_path):
+    muon = ["lora={r: 2, train_embeddings: false, target_modules: [q_proj]}", "muon={learning_rate: 1e-2}"]
+    output = train(llm_recipe("out", *muon, save_strategy="steps", save_steps=2))
+    assert len(logged(output)) == 3
+    merge_adapter(output, tmp_path / "merged")
     merged, base = (Qwen2ForCausalLM.from_pretrained(folder).state_dict() for folder in (tmp_path / "merged", tar_repo))
     changed = {name for name, weight in merged.items() if not torch.equal(weight, base[name])}
     assert changed == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}

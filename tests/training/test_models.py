@@ -1,5 +1,6 @@
 """The checks that the image stages share, on the golden repositories."""
 
+import copy
 import math
 
 import pytest
@@ -61,6 +62,8 @@ def test_fingerprints_know_weights_in_any_type():
     rounded = nn.Linear(300, 40).bfloat16()
     rounded.load_state_dict(model.state_dict())
     assert fingerprint(rounded) == fingerprint(rounded.float()) == before
+    half = copy.deepcopy(model).half()
+    assert fingerprint(half) == fingerprint(copy.deepcopy(half).float())  # a file of float16, read as float32
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     model(torch.ones(1, 300)).sum().backward()
     optimizer.step()

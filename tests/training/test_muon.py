@@ -102,6 +102,23 @@ def test_layers_matrices_are_stepped_by_muon_and_all_else_by_adamw(model):
         assert torch.equal(one, other) == (name not in muon), name
 
 
+def test_matrices_alone_may_be_trained(model):
+    """As an adapter does that leaves the embeddings."""
+    model.requires_grad_(False)
+    for matrix in (first := model.model.layers[0].mlp).parameters():
+        matrix.requires_grad_(True)
+    start = copy.deepcopy(model.state_dict())
+    optimizer = make_optimizer(model, MuonRecipe(), 0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    loss_of(model).backward()
+    optimizer.step()
+    schedule.step()
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, start[name])}
+    assert changed == {f"model.layers.0.mlp.{name}" for name, _ in first.named_parameters()}
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.step()
+
+
 def test_frozen_weights_are_left_alone(model):
     model.model.layers[0].requires_grad_(False)
     assert len(matrices_of_layers(model)) == 7

@@ -19,8 +19,9 @@ from PIL import Image
 
 from tar_hf import ARDeTokForCausalLM, TATokImageProcessor, TATokModel
 from tar_hf.training.mixture import TooManyBadRows
+from tar_hf.training.models import check_made_with
 from tar_hf.training.pretokenize import pretokenize
-from tar_hf.training.recipe import RecipeError, SourceRecipe
+from tar_hf.training.recipe import DataRecipe, RecipeError, SourceRecipe
 from tar_hf.training.rows import open_image, read_images, read_row, square_pixels
 from tar_hf.training.sources import open_source
 from tar_hf.training.streaming import open_stream
@@ -142,8 +143,6 @@ def test_bad_rows_are_listed(whole):
 
 
 def test_streams_read_it_too(whole):
-    from tar_hf.training.recipe import DataRecipe
-
     data = DataRecipe(sources=[SourceRecipe(str(whole), task="t2i")])
     stream = iter(open_stream(data, lambda row, draw: row.codes, read_row))
     assert Counter(len(next(stream)) for _ in range(12)) == {0: 1, 1: 10, 3: 1}
@@ -239,6 +238,25 @@ def test_only_what_is_asked_for(run, models, tmp_path):
     run(tmp_path / "dc-ae", **dc_ae, image_size=16, dtype="bfloat16")
     alone = read_images(open_source(SourceRecipe(str(tmp_path / "dc-ae"))).rows[0], random.Random(0))
     assert torch.equal(alone.latents[0], row.latents[0])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_manifest_knows_the_weights_of_the_files(run, models, tmp_path, dtype):
+    """Whatever the models compute in: training, which loads them in float32, takes the rows."""
+
+    def load(kind, name, **options):
+        return kind.from_pretrained(models[name], **options)
+
+    run(tmp_path / "out", dtype=dtype)
+    own = {
+        "codebook_weights": ("ta-tok", lambda: load(TATokModel, "ta_tok").quantizer),
+        "vq_weights": ("ar-detok", lambda: load(ARDeTokForCausalLM, "ar_detok").vqvae),
+        "vae_weights": ("sana", lambda: load(AutoencoderDC, "diffusion_detok", subfolder="vae")),
+    }
+    check_made_with(DataRecipe([SourceRecipe(str(tmp_path / "out"))]), own)
+    row = read_images(open_source(SourceRecipe(str(tmp_path / "out"))).rows[0], random.Random(0))
+    detok = load(ARDeTokForCausalLM, "ar_detok", dtype=dtype).eval()
+    assert torch.equal(row.vq_ids[0], detok.encode_pixels(square_pixels(open_image(picture(0)), 64)[None])[0])
 
 
 def test_parquet_rows_keep_their_columns(models, tmp_path):

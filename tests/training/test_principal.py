@@ -10,6 +10,18 @@ from tar_hf.training.principal import Principal, spread_over_codes
 SQUARES = torch.tensor([9.0, 4.0, 1.0, 0.25])
 
 
+class NoFloat64(torch.Tensor):
+    """A tensor of a device without float64, such as MPS."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.double:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        if function is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
 def random_numbers(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -59,6 +71,20 @@ def test_whitening_leaves_small_what_is_almost_nothing(known):
     flat = features - features @ directions[:, 3:] @ directions[:, 3:].T
     white = mean_squares(flat @ Principal.of(flat).whitening(1))
     torch.testing.assert_close(white, torch.tensor([1.0, 1.0, 1.0, 0.0]), atol=1e-3, rtol=0)
+
+
+def test_the_devices_need_no_float64(known):
+    features, _ = known
+    expected, found = Principal.of(features), Principal.of(features.as_subclass(NoFloat64))
+    assert torch.equal(found.directions, expected.directions) and torch.equal(found.squares, expected.squares)
+    models = [tiny_model(), tiny_model()]
+    embedding = models[1].quantizer.embedding
+    embedding.weight = torch.nn.Parameter(embedding.weight.detach().as_subclass(NoFloat64), requires_grad=False)
+    spread_over_codes(models[0], skewed_features(), 4)
+    spread_over_codes(models[1], skewed_features().as_subclass(NoFloat64), 4)
+    assert torch.equal(models[0].in_proj.weight, models[1].in_proj.weight)
+    projections = [model.quantizer.embedding_proj for model in models]
+    assert torch.equal(projections[0].weight, projections[1].weight)
 
 
 # The bottleneck

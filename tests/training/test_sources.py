@@ -33,8 +33,12 @@ def shade(raw, folder):
     return [open_image(image).getpixel((0, 0))[0] for image in read_images(raw, random.Random(0), folder).images]
 
 
+def streamed_source(recipe):
+    return load(recipe, streaming=True)
+
+
 def streamed(path, **options):
-    stream, folder = load(SourceRecipe(str(path), **options), streaming=True)
+    stream, folder = streamed_source(SourceRecipe(str(path), **options))
     tables = stream.with_format("arrow").iter(batch_size=2)
     return [plain_row(arrow_row(table.slice(i, 1))) for table in tables for i in range(len(table))], folder
 
@@ -162,9 +166,40 @@ def test_patterns_and_folders_of_files(tmp_path):
         assert [rows[i]["text"] for i in range(len(rows))] == ["0", "1"]
 
 
+def test_a_pattern_over_several_folders_has_no_folder_of_its_own(tmp_path):
+    """The picture of one would be taken for that of another: both are called 0.png."""
+    for name, shade_of_red in (("a", 10), ("b", 11)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(png(shade_of_red))
+        write_lines(tmp_path / name / "rows.jsonl", [{"image": "0.png"}])
+    pattern = str(tmp_path / "*" / "rows.jsonl")
+    for opened in (open_source, streamed_source):
+        with pytest.raises(RecipeError, match="finds files in 2 folders, such as .*a and .*b: say with image_folder"):
+            opened(SourceRecipe(pattern))
+    assert shades(open_source(SourceRecipe(pattern, image_folder=str(tmp_path / "b")))) == [[11], [11]]
+    assert shades(open_source(SourceRecipe(str(tmp_path / "[b]" / "*.jsonl")))) == [[11]]
+
+
+def test_a_folder_drops_no_files(tmp_path):
+    """All are read, or none; what pre-tokenisation wrote about its rows is none of them."""
+    write_lines(tmp_path / "a.jsonl", [{"text": "0"}])
+    (tmp_path / "b.json").write_text(json.dumps([{"text": "1"}, {"text": "2"}]))
+    for path in (tmp_path, tmp_path / "*"):
+        rows = open_source(SourceRecipe(str(path))).rows
+        assert [rows[i]["text"] for i in range(len(rows))] == ["0", "1", "2"]
+    pq.write_table(pa.table({"text": ["3"]}), tmp_path / "c.parquet")
+    for path in (tmp_path, tmp_path / "*"):
+        with pytest.raises(RecipeError, match="expected files of one kind, .*got .json, .jsonl, .parquet: choose some"):
+            open_source(SourceRecipe(str(path)))
+    assert len(open_source(SourceRecipe(str(tmp_path / "*.parquet"))).rows) == 1
+
+
 def test_unfinished_pre_tokenisation(tmp_path):
-    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "part-00000-of-00002.parquet")
     (tmp_path / "pretokenize.json").write_text('{"parts": 2}')
+    write_lines(tmp_path / "part-00000-of-00002.bad.jsonl", [{"source_row": 3, "reason": "none"}])
+    with pytest.raises(RecipeError, match="holds 0 of 2 parts"):
+        open_source(SourceRecipe(str(tmp_path)))
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "part-00000-of-00002.parquet")
     for path in (tmp_path, tmp_path / "*.parquet"):
         with pytest.raises(RecipeError, match="holds 1 of 2 parts"):
             open_source(SourceRecipe(str(path)))

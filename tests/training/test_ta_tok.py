@@ -23,13 +23,14 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from processes import launch
 from tar_hf import TarPipeline, TATokModel
 from tar_hf.mini import data
 from tar_hf.training import ta_tok
 from tar_hf.training.code_usage import code_statistics
 from tar_hf.training.codebook import representative_rows
 from tar_hf.training.principal import Principal
-from tar_hf.training.recipe import RecipeError, load_recipe
+from tar_hf.training.recipe import RecipeError, load_recipe, show_recipe
 from tar_hf.training.rows import BadRow, Row
 from tar_hf.training.trainer import run, training_arguments
 
@@ -262,6 +263,33 @@ def test_principal_directions_spread_a_new_bottleneck_over_the_codes(many, recip
     # The encoder's side has no bias before or after.
     assert changed == {"in_proj.weight", "quantizer.embedding_proj.weight", "quantizer.embedding_proj.bias"}
     assert spread.whitening is None
+
+
+START = """
+import sys
+import torch
+from tar_hf.training import ta_tok
+from tar_hf.training.recipe import load_recipe
+
+trainer = ta_tok.build(load_recipe(ta_tok.TATokRecipe, sys.argv[1]))  # no wrapper has sent the first one's weights yet
+start = {**trainer.model.state_dict(), "whitening": trainer.whitening}
+torch.save(start, f"{sys.argv[2]}/{trainer.args.process_index}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_a_stream_start_alike(many, recipe, tmp_path):
+    """Though each measures other pictures."""
+    options = ("data.streaming=true", "data.shuffle_buffer=1", "model.sample_size=16", "model.whitening=0.5")
+    content = recipe("out", many, *options, "model.principal_directions=6")
+    (tmp_path / "recipe.yaml").write_text(show_recipe(content))
+    (tmp_path / "start.py").write_text(START)
+    process = launch([tmp_path / "start.py", tmp_path / "recipe.yaml", tmp_path], "--multi_gpu")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    first, second = (torch.load(tmp_path / f"{i}.pt") for i in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert first["in_proj.weight"].any()
 
 
 def test_drawn_codes_come_from_the_seed(history):

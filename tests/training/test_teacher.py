@@ -12,7 +12,7 @@ from transformers import SiglipModel
 
 from tar_hf.mini import data
 from tar_hf.mini.tokenizer import make_tokenizer
-from tar_hf.training.recipe import load_recipe
+from tar_hf.training.recipe import RecipeError, load_recipe
 from tar_hf.training.rows import BadRow
 from tar_hf.training.ta_tok import load_teacher
 from tar_hf.training.teacher import CaptionedRow, TeacherRecipe, build, collate, read_caption
@@ -31,7 +31,7 @@ def make(tmp_path, tokenizer):
     data.write_pictures(file, "train", 8)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
-    def read(source=file, model=None, **options):
+    def read(source=file, model=None, overrides=(), **options):
         return load_recipe(
             TeacherRecipe,
             {
@@ -45,6 +45,7 @@ def make(tmp_path, tokenizer):
                 "data": {"sources": [{"path": str(source)}]},
                 "training": {"per_device_train_batch_size": 8, "logging_steps": 10, "use_cpu": True, **options},
             },
+            overrides,
         )
 
     return read
@@ -65,6 +66,36 @@ def test_a_batch_is_learnt_and_teaches(make, tmp_path):
         features = teacher(batch["pixel_values"]).last_hidden_state
         states = trainer.model.vision_model(batch["pixel_values"], output_hidden_states=True).hidden_states
     assert torch.allclose(features, states[-2], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "vision_config.num_hidden_layer=3",
+            "model.vision_config.num_hidden_layer is no field of SiglipVisionConfig, did you mean num_hidden_layers",
+        ),
+        (
+            "text_config.hiden_size=3",
+            "model.text_config.hiden_size is no field of SiglipTextConfig, did you mean hidden",
+        ),
+        ("text_config.xyz=3", "model.text_config.xyz is no field of SiglipTextConfig$"),
+        (
+            "vision_config.hidden_size=wide",
+            "model.vision_config, model.text_config: .*'hidden_size' expected int, got str",
+        ),
+    ],
+)
+def test_wrong_fields_of_the_configurations(make, override, message):
+    with pytest.raises(RecipeError, match=message):
+        build(make(overrides=[f"model.{override}"]))
+
+
+def test_sizes_that_are_not_said_are_the_librarys(make):
+    sizes = "{image_size: 48, patch_size: 8, num_hidden_layers: 1}"
+    config = build(make(overrides=[f"model.vision_config={sizes}"])).model.config
+    assert config.vision_config.hidden_size == config.text_config.projection_size == 768
+    assert config.vision_config.image_size == 48 and config.text_config.max_position_embeddings == 64
 
 
 def test_rows_without_picture_or_caption_are_bad():
@@ -172,6 +203,17 @@ def test_regions_that_cannot_be_read_make_a_bad_row(region):
     row["regions"].append(region)
     with pytest.raises(BadRow, match="regions must be .* in shares of the picture, 0..1, got"):
         read_caption(row, random.Random(0))
+
+
+def test_the_accuracy_needs_no_float64(make, monkeypatch):
+    """Which not every device has."""
+    trainer = build(make())
+    batch = collate([trainer.train_dataset[i] for i in range(3)])
+    monkeypatch.setattr(torch.Tensor, "double", None)
+    output = trainer.model(**batch, options=trainer.recipe.model)
+    found = SiglipModel.forward(trainer.model, batch["input_ids"], batch["pixel_values"]).logits_per_image.argmax(-1)
+    assert output.accuracy.item() == pytest.approx((found == torch.arange(3)).sum().item() / 3)
+    assert output.accuracy.dtype == torch.float32
 
 
 def test_another_attention_learns_the_same(make):

@@ -54,14 +54,14 @@ def make(tmp_path):
         "\n".join(json.dumps({"conversations": [*conversation, {"from": "gpt", "value": word}]}) for word in words)
     )
 
-    def build(output="out", muon=None, **options):
+    def build(output="out", muon=None, data=None, **options):
         defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 3}
         defaults |= {"disable_tqdm": True, "use_cpu": True}
         recipe = load_recipe(
             Recipe,
             {
                 "output_dir": str(tmp_path / output),
-                "data": {"sources": [{"path": str(rows)}]},
+                "data": {"sources": [{"path": str(rows)}], **(data or {})},
                 "training": {**defaults, **options},
                 "muon": muon,
             },
@@ -69,8 +69,8 @@ def make(tmp_path):
         torch.manual_seed(0)
         model = Qwen2ForCausalLM(Qwen2Config(vocab_size=26, num_key_value_heads=2, **SIZES))
         arguments = training.training_arguments(recipe, learning_rate=1e-2)
-        data, _ = training.open_data(recipe.data, arguments, letters)
-        return LetterTrainer(model, arguments, collate, train_dataset=data, recipe=recipe)
+        data, held_out = training.open_data(recipe.data, arguments, letters)
+        return LetterTrainer(model, arguments, collate, train_dataset=data, eval_dataset=held_out, recipe=recipe)
 
     return build
 
@@ -135,6 +135,70 @@ def test_another_recipe_does_not_go_on(make):
     assert longer.state.global_step == 4 and len(longer.seen) == 1
 
 
+def test_checkpoints_of_weights_alone_do_not_go_on(make, kill, tmp_path):
+    kill(make(save_only_model=True))
+    assert training.last_checkpoint(tmp_path / "out").name == "checkpoint-3"
+    for trainer in (make(save_only_model=True), make()):
+        with pytest.raises(RecipeError, match="checkpoint-3 holds no state of optimizer .* choose another output_dir"):
+            training.run(trainer)
+    training.run(make("whole", max_steps=3))
+    later = make("whole", save_only_model=True)  # from a checkpoint that has all
+    training.run(later)
+    assert len(later.seen) == 3
+
+
+def test_another_global_batch_does_not_go_on(make, tmp_path):
+    training.run(make(max_steps=3))
+    for options in ({"per_device_train_batch_size": 2}, {"gradient_accumulation_steps": 2}):
+        with pytest.raises(RecipeError, match="checkpoint-3 was trained with global_batch=4, and now it is [28]:"):
+            training.run(make(**options))
+    unbroken = make("unbroken")
+    training.run(unbroken)
+    parts = make(per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=5)
+    training.run(parts)
+    words = [[word for seen in run for word in seen[3]] for run in (parts.seen, unbroken.seen[3:5])]
+    assert words[0] == words[1]
+    (tmp_path / "out" / "checkpoint-5" / "reading.json").unlink()  # as older versions wrote it
+    training.run(make(per_device_train_batch_size=2))
+
+
+def test_a_stream_goes_on_with_the_same_readers(make):
+    data = {"streaming": True, "shuffle_buffer": 1}
+    training.run(make(data=data, max_steps=3))
+    with pytest.raises(RecipeError, match="trained with readers=1, and now it is 2"):
+        training.run(make(data=data, dataloader_num_workers=2))
+    with pytest.raises(RecipeError, match="trained with per_device_train_batch_size=4, and now it is 2"):
+        training.run(make(data=data, per_device_train_batch_size=2, gradient_accumulation_steps=2))
+    training.run(make(data=data, dataloader_num_workers=1, max_steps=4))
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, [3, 6]),
+        ({"save_steps": 4}, [4, 6]),  # the end is saved too
+        ({"save_strategy": "no"}, [6]),
+        ({"save_strategy": "epoch"}, [6]),
+        ({"save_strategy": "no", "eval_steps": 2}, [2, 4, 6]),
+        ({"eval_strategy": "no"}, []),
+        ({"eval_strategy": "steps", "eval_steps": 5}, [5, 6]),
+        ({"load_best_model_at_end": True}, [3, 6]),
+    ],
+)
+def test_held_out_rows_are_evaluated_at_saves(make, tmp_path, options, steps):
+    trainer = make(data={"eval_sources": [{"path": str(tmp_path / "rows.jsonl"), "limit": "first:4"}]}, **options)
+    training.run(trainer)
+    assert [log["step"] for log in trainer.state.log_history if "eval_loss" in log] == steps
+    assert make("plain").args.eval_strategy == "no"
+
+
+def test_streams_are_evaluated_in_the_end(make, tmp_path):
+    data = {"streaming": True, "eval_sources": [{"path": str(tmp_path / "rows.jsonl")}]}
+    trainer = make(data=data, save_strategy="no")
+    training.run(trainer)
+    assert [log["step"] for log in trainer.state.log_history if "eval_loss" in log] == [6]
+
+
 def test_other_folders_are_left_alone(make, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "picture.png").touch()
@@ -158,6 +222,24 @@ def test_metrics_are_means_since_the_last_line(make):
         words = [word for seen in trainer.seen[2 * i : 2 * i + 2] for word in seen[3]]
         assert log["letters"] == pytest.approx(sum(ord(x) - 97 for word in words for x in word) / 32, abs=1e-4)
         assert "scale_1" not in log  # nothing was tracked
+
+
+class NoFloat64(torch.Tensor):
+    """A tensor of a device without float64, such as MPS."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.double:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        if function is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_metrics_need_no_float64_of_the_device(make):
+    trainer = make()
+    trainer._sums = torch.tensor([[6.0, 4.0], [0.0, 0.0]]).as_subclass(NoFloat64)
+    assert trainer.metrics() == {"letters": 1.5}
 
 
 def test_scales_are_drawn_two_to_one_to_one(make):

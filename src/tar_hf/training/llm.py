@@ -176,6 +176,11 @@ class LLMTrainer(TarTrainer):
             base = None if self.recipe is None else hub_id(self.recipe.model.base)
             write_llm_card(folder, folder.name, self.model.config, self.vocabulary, base_model=base)
 
+    def finish_folder(self, folder: Path):
+        super().finish_folder(folder)
+        if isinstance(self.model, PeftModel):  # which saves weights alone; `merge_adapter` reads it
+            self.model.generation_config.save_pretrained(folder)
+
     def _save(self, output_dir=None, state_dict=None):
         in_training, self.model.config.use_cache = self.model.config.use_cache, self.use_cache
         try:

@@ -6,8 +6,14 @@ from pathlib import Path
 from huggingface_hub.dataclasses import strict
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file, find_adapter_config_file
 
 from tar_hf.conversion.assemble import copy_parts
 from tar_hf.conversion.llm import write_llm_card
@@ -115,7 +121,7 @@ def _load(kind, base, **options):
 def merge_adapter(adapter: str | Path, output: str | Path, base: str | Path | None = None):
     """
     Writes the model that an adapter and its base make together: a plain language model's repository, or a whole Tar
-    repository where the base is one.
+    repository where the base is one. How it generates is the adapter's, where a `generation_config.json` lies with it.
 
     Args:
         adapter (`str` or `Path`): Folder or Hub id of the adapter.
@@ -144,6 +150,8 @@ def merge_adapter(adapter: str | Path, output: str | Path, base: str | Path | No
             raise ValueError(f"the weights of {adapter} cannot be read: {error}") from error
         except (RuntimeError, IndexError, ValueError) as error:  # shapes, rows, names
             raise ValueError(f"{adapter} does not fit {base}: {error}") from error
+        if cached_file(adapter, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is not None:
+            model.generation_config = GenerationConfig.from_pretrained(adapter)
         model.config.visual_vocabulary = dataclasses.asdict(vocabulary)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

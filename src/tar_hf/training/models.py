@@ -80,7 +80,8 @@ def fingerprint(model: nn.Module) -> str:
     """
     A hash of some numbers of every weight: training changes it, and it costs next to nothing.
 
-    Of the numbers it sees the digits that bfloat16 has, so that a copy in another type keeps it.
+    Of the numbers it sees the digits that bfloat16 has, so that a copy in bfloat16 or float32 keeps it. One in float16
+    does not, whose numbers are rounded twice: take it of weights in the type of their files.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):

@@ -31,7 +31,7 @@ class MuonAdamW(Optimizer):
     are learnt as fast as frequent ones. It is scaled to the root mean square of an AdamW step.
 
     Args:
-        params (`Iterable[dict]`): Groups of parameters. Those of matrices say `momentum`, and one or more do not.
+        params (`Iterable[dict]`): Groups of parameters. Those of matrices say `momentum`.
         kwargs: Those of `torch.optim.AdamW`; `lr` and `weight_decay` are Muon's, too.
 
     Raises:
@@ -40,7 +40,8 @@ class MuonAdamW(Optimizer):
 
     def __init__(self, params: Iterable[dict], **kwargs):
         groups = list(params)
-        self.adamw = AdamW([dict(group) for group in groups if "momentum" not in group], **kwargs)
+        rest = [dict(group) for group in groups if "momentum" not in group]
+        self.adamw = AdamW(rest or [{"params": []}], **kwargs)  # an adapter may train matrices alone
         super().__init__(groups, self.adamw.defaults)
         for group in self.param_groups:
             if shapes := [tuple(p.shape) for p in group["params"] if "momentum" in group and p.ndim not in (2, 4)]:

@@ -210,12 +210,14 @@ def _check(ta_tok, ar_detok, diffusion_detok, image_size, batch_size, rows_per_f
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-# What encodes
+# What encodes: loaded in the type of its files, of which a fingerprint is taken, and only then cast
 
 
 def _ta_tok(path, scales, dtype, device):
     check_kind("ta_tok", path, "ta_tok")
-    model = TATokModel.from_pretrained(path, has_decoder=False, dtype=dtype).eval().to(device)
+    model = TATokModel.from_pretrained(path, has_decoder=False)
+    weights = {"ta_tok_weights": fingerprint(model), "codebook_weights": fingerprint(model.quantizer)}
+    model = model.eval().to(device=device, dtype=dtype)
     processor = TATokImageProcessor.from_pretrained(path)
     scales = sorted(model.config.scales if scales is None else scales)
     if not scales or len(set(scales)) < len(scales):
@@ -234,8 +236,7 @@ def _ta_tok(path, scales, dtype, device):
             codes[CODES.format(scale)], _ = model._quantize(pre_quantized, False, None, None)
         return codes
 
-    settings = {"ta_tok": path, "scales": scales, "ta_tok_weights": fingerprint(model)}
-    settings["codebook_weights"] = fingerprint(model.quantizer)
+    settings = {"ta_tok": path, "scales": scales, **weights}
     columns = {CODES.format(scale): pa.int32() for scale in scales}
     return Encoder(settings, columns, functools.partial(_ta_tok_pixels, processor=processor), encode)
 
@@ -246,12 +247,13 @@ def _ta_tok_pixels(image, processor):
 
 def _ar_detok(path, dtype, device):
     if check_kind("ar_detok", path, "ar_detok", "janus_vqgan") == "ar_detok":
-        vqvae = ARDeTokForCausalLM.from_pretrained(path, dtype=dtype).vqvae
+        vqvae = ARDeTokForCausalLM.from_pretrained(path).vqvae
     else:
-        vqvae = JanusVQVAE.from_pretrained(path, dtype=dtype)
-    vqvae = vqvae.eval().to(device)
+        vqvae = JanusVQVAE.from_pretrained(path)
+    weights = fingerprint(vqvae)
+    vqvae = vqvae.eval().to(device=device, dtype=dtype)
     size = vqvae.config.num_patches * 2 ** (len(vqvae.config.channel_multiplier) - 1)
-    settings = {"ar_detok": path, "vq_size": size, "vq_weights": fingerprint(vqvae)}
+    settings = {"ar_detok": path, "vq_size": size, "vq_weights": weights}
     return Encoder(
         settings,
         {"vq_ids": pa.int32()},
@@ -267,8 +269,9 @@ def _diffusion_detok(path, image_size, dtype, device):
     elif image_size is None:
         raise ValueError(f"{path} is an autoencoder alone, which takes pictures of any size: give image_size")
     subfolder = {} if alone else {"subfolder": "vae"}
-    vae = AutoencoderDC.from_pretrained(path, **subfolder, torch_dtype=dtype, use_safetensors=True)
-    vae = vae.eval().to(device)
+    vae = AutoencoderDC.from_pretrained(path, **subfolder, use_safetensors=True)
+    weights = fingerprint(vae)
+    vae = vae.eval().to(device=device, dtype=dtype)
     multiple = vae.spatial_compression_ratio
     if not alone:
         transformer = SanaTransformer2DModel.load_config(path, subfolder="transformer")
@@ -284,7 +287,7 @@ def _diffusion_detok(path, image_size, dtype, device):
             raise ValueError(f"the latents are not finite in {vae.dtype}: choose dtype bfloat16 or float32")
         return {"latents": latents}
 
-    settings = {"diffusion_detok": path, "image_size": image_size, "vae_weights": fingerprint(vae)}
+    settings = {"diffusion_detok": path, "image_size": image_size, "vae_weights": weights}
     return Encoder(settings, {"latents": pa.float16()}, functools.partial(square_pixels, size=image_size), encode)
 
 

@@ -30,12 +30,13 @@ class Principal:
 
     @classmethod
     def of(cls, features: torch.Tensor) -> "Principal":
-        """Of features (T, C), computed in float64."""
-        features = features.double()
+        """Of features (T, C), computed in float64 on the CPU: not every device has it. The result is where they are."""
+        device, features = features.device, features.cpu().double()
         squares, directions = torch.linalg.eigh(features.mT @ features / len(features))
         # A direction's sign is arbitrary: fixed, so that every machine starts alike.
         directions = directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
-        return cls(directions.flip(-1).float(), squares.clamp(min=0).flip(-1).float())
+        squares = squares.clamp(min=0)
+        return cls(directions.flip(-1).float().to(device), squares.flip(-1).float().to(device))
 
     def whitening(self, strength: float) -> torch.Tensor:
         """
@@ -59,13 +60,14 @@ def spread_over_codes(model: TATokModel, pre_quantized: torch.Tensor, directions
         directions (`int`): Dimensions of that space, at most C, D and K - 1.
         seed (`int`, *optional*, defaults to `0`): Draws how the codebook lies in it.
     """
-    embeddings = model.quantizer.embedding.weight.double()
+    pre_quantized = pre_quantized.cpu()
+    embeddings = model.quantizer.embedding.weight.cpu().double()
     limit = min(pre_quantized.shape[-1], embeddings.shape[1], embeddings.shape[0] - 1)
     if not 1 <= directions <= limit:
         raise ValueError(f"principal_directions must be in 1..{limit}, got {directions}")
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randn(2, embeddings.shape[1], directions, generator=generator, dtype=torch.float64)
-    space, turn = torch.linalg.qr(draws)[0].to(embeddings.device)  # orthonormal columns, (D, directions) each
+    space, turn = torch.linalg.qr(draws)[0]  # orthonormal columns, (D, directions) each
 
     whitening = Principal.of(pre_quantized).whitening(1)[:, :directions].double()
     coordinates = pre_quantized.double() @ whitening

@@ -44,7 +44,8 @@ class SourceRecipe:
         ratio (`float`, *optional*, defaults to `1.0`): Share of this source in the mixture, relative to the others'.
         limit (`str`, *optional*): Which rows take part: `first:1000`, `end:1000`, `random:1000`, or percents such as
             `random:10%`. All by default.
-        image_folder (`str`, *optional*): What relative picture paths start from. By default the folder of the file.
+        image_folder (`str`, *optional*): What relative picture paths start from. By default the folder of the file; a
+            pattern that finds files in several folders needs it.
         task (`str`, *optional*): For rows of a picture and a caption instead of a conversation: `t2i`, draw the
             caption; `i2t`, describe the picture; `both`, either, half of the time.
         split (`str`, *optional*, defaults to `"train"`): Of a Hub data set.
@@ -67,7 +68,8 @@ class DataRecipe:
     Args:
         sources (`list[SourceRecipe]`, *optional*): The mixture.
         mixture (`str`, *optional*): A YAML file that holds `sources` instead; its relative paths start from its folder.
-        eval_sources (`list[SourceRecipe]`, *optional*): Held-out rows, each read once an evaluation.
+        eval_sources (`list[SourceRecipe]`, *optional*): Held-out rows, each read once an evaluation: at every save,
+            unless `training` names an `eval_strategy`.
         streaming (`bool`, *optional*, defaults to `False`): Read rows in the order of the files, through a shuffle
             buffer, instead of at random from memory-mapped files.
         shuffle_buffer (`int`, *optional*, defaults to `10000`): Rows that streaming draws from.

@@ -120,16 +120,22 @@ def _find(recipe):
             return None, _load_pictures, path
         if (path / "state.json").is_file():
             return path, _load_saved, path
-        if files := next(filter(None, (sorted(path.glob(f"*.{kind}")) for kind in ("parquet", "jsonl", "json"))), None):
-            _check_whole(path, files)
+        _check_whole(path)
+        if files := _files(path):
             return path, *_of_one_kind(recipe, files)
         if any(file.suffix.lower() in Image.registered_extensions() for file in path.rglob("*")):
             return None, _load_pictures, path
     elif any(char in recipe.path for char in "*?["):
         if files := [Path(name) for name in sorted(glob.glob(recipe.path, recursive=True))]:
-            for folder in {file.parent for file in files}:
-                _check_whole(folder, list(folder.glob("*.parquet")))
-            return files[0].parent, *_of_one_kind(recipe, files)
+            folders = sorted({file.parent for file in files})
+            for folder in folders:
+                _check_whole(folder)
+            if len(folders) > 1 and recipe.image_folder is None:
+                raise RecipeError(
+                    f"{recipe.path} finds files in {len(folders)} folders, such as {folders[0]} and {folders[1]}: say "
+                    "with image_folder what relative picture paths start from, or make each folder a source of its own"
+                )
+            return folders[0], *_of_one_kind(recipe, files)
     elif path.is_file():
         return path.parent, *_of_one_kind(recipe, [path])
     elif _may_be_on_the_hub(path):
@@ -144,7 +150,13 @@ def _may_be_on_the_hub(path):
     return relative and len(path.parts) == 2 and path.suffix not in SUFFIXES
 
 
-def _check_whole(folder, files):
+def _files(folder):
+    """The files of rows in a folder, without what `tar_hf.training.pretokenize` writes about them."""
+    notes = {folder / MANIFEST, *folder.glob("part*.bad.jsonl")}
+    return sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file not in notes)
+
+
+def _check_whole(folder):
     """Raises for the output of an unfinished pre-tokenisation: training on a part of the rows would go unnoticed."""
     if not (folder / MANIFEST).is_file():
         return
@@ -152,8 +164,8 @@ def _check_whole(folder, files):
         parts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["parts"]
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{folder / MANIFEST} is no manifest of pre-tokenised rows: {error!r}") from None
-    if len(files) != parts:
-        raise RecipeError(f"{folder} holds {len(files)} of {parts} parts: run `tar-hf pretokenize` again to finish it")
+    if (there := len(_files(folder))) != parts:
+        raise RecipeError(f"{folder} holds {there} of {parts} parts: run `tar-hf pretokenize` again to finish it")
 
 
 def _of_one_kind(recipe, files):
@@ -162,7 +174,10 @@ def _of_one_kind(recipe, files):
         return _load_parquet, files
     if kinds <= {".json", ".jsonl"}:
         return _load_json, files
-    raise RecipeError(f"{recipe.path}: expected files of one kind, parquet or JSON, got {', '.join(sorted(kinds))}")
+    raise RecipeError(
+        f"{recipe.path}: expected files of one kind, parquet or JSON, got {', '.join(sorted(kinds))}: choose some by a "
+        "pattern, such as folder/*.parquet"
+    )
 
 
 def _load_parquet(files, streaming):

@@ -16,7 +16,6 @@ from accelerate.utils import broadcast
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -412,7 +411,7 @@ def build(recipe: TATokRecipe) -> TATokTrainer:
     train_dataset, eval_dataset = open_data(recipe.data, arguments, PixelTransform(processor), reader=read_images)
     principal = None
     if options.whitening or options.principal_directions:
-        principal = _measure(recipe, model, teacher, train_dataset)
+        principal = _measure(recipe, model, teacher, train_dataset, arguments.device)
     return TATokTrainer(
         model=model,
         teacher=teacher,
@@ -433,22 +432,27 @@ def train(recipe: TATokRecipe) -> Path:
 
 
 @torch.no_grad()
-def _measure(recipe, model, teacher, dataset):
+def _measure(recipe, model, teacher, dataset, device):
     """The principal directions of the teacher's features, on the run's first pictures; spreads a new bottleneck."""
     options = recipe.model
-    loader = DataLoader(dataset, batch_size=16, collate_fn=default_data_collator)
+    # What a stream leaves to other processes is None.
+    samples = (sample["pixel_values"] for sample in dataset if sample is not None)
     taught, pre_quantized = [], []
-    for batch in islice(loader, -(-options.sample_size // 16)):
-        taught.append(teacher(batch["pixel_values"]).last_hidden_state.flatten(0, 1))
+    for _ in range(-(-options.sample_size // 16)):
+        if not (pictures := list(islice(samples, 16))):
+            break
+        pixel_values = torch.stack(pictures)
+        taught.append(teacher(pixel_values).last_hidden_state.flatten(0, 1))
         if options.principal_directions:
-            pre_quantized.append(
-                model.encode_head(model.encoder(batch["pixel_values"]).last_hidden_state).flatten(0, 1)
-            )
+            pre_quantized.append(model.encode_head(model.encoder(pixel_values).last_hidden_state).flatten(0, 1))
     if options.principal_directions:
         try:
             spread_over_codes(model, torch.cat(pre_quantized), options.principal_directions, recipe.seed)
         except ValueError as error:
             raise RecipeError(f"model.{error}") from error
+        # The first process's: of a stream, each has measured other pictures.
+        for weight in (*model.in_proj.parameters(), *model.quantizer.embedding_proj.parameters()):
+            weight.copy_(broadcast(weight.to(device)))
     return Principal.of(torch.cat(taught))
 
 

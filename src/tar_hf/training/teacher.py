@@ -10,6 +10,7 @@ batch, L tokens in a caption.
 """
 
 import dataclasses
+import difflib
 import math
 import random
 from dataclasses import dataclass
@@ -18,12 +19,21 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, SiglipConfig, SiglipModel, set_seed
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+    set_seed,
+)
 from transformers.utils import ModelOutput
 
 from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
-from tar_hf.training.recipe import Recipe, RecipeError
+from tar_hf.training.recipe import Recipe, RecipeError, one_line
 from tar_hf.training.rows import BadRow, Row, open_image, read_images
 from tar_hf.training.trainer import TarTrainer, open_data, run, training_arguments
 
@@ -52,6 +62,17 @@ class TeacherModelRecipe:
     pixel_loss_weight: float | int = 1.0
     region_loss_weight: float | int = 1.0
     attn_implementation: str | None = None
+
+    def __post_init__(self):
+        # The library takes any key, and leaves those that it does not know without effect.
+        for name, kind in (("vision_config", SiglipVisionConfig), ("text_config", SiglipTextConfig)):
+            known = [field.name for field in dataclasses.fields(kind)]
+            if unknown := [key for key in getattr(self, name) if key not in known]:
+                near = difflib.get_close_matches(str(unknown[0]), known, n=1)
+                raise RecipeError(
+                    f"model.{name}.{unknown[0]} is no field of {kind.__name__}"
+                    + (f", did you mean {near[0]}?" if near else "")
+                )
 
 
 @strict
@@ -115,7 +136,7 @@ class Teacher(SiglipModel):
         patches = F.unfold(pixel_values, size, stride=size).mT  # (B, N, 3 * P * P)
         pixel_loss = F.mse_loss(self.patch_head(features).float(), patches.float())
         own = torch.arange(len(pixel_values), device=pixel_values.device)
-        accuracy = (outputs.logits_per_image.argmax(-1) == own).double().mean()
+        accuracy = (outputs.logits_per_image.argmax(-1) == own).float().mean()
         loss = outputs.loss + options.pixel_loss_weight * pixel_loss
         region_loss = None
         if region_ids is not None:
@@ -244,17 +265,7 @@ def build(recipe: TeacherRecipe) -> TeacherTrainer:
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     if tokenizer.pad_token_id is None:
         raise RecipeError(f"model.tokenizer {options.tokenizer} needs a padding token")
-    config = SiglipConfig(
-        vision_config=options.vision_config,
-        text_config={
-            "vocab_size": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-            "projection_size": options.vision_config["hidden_size"],
-            **options.text_config,
-        },
-    )
+    config = _config(options, tokenizer)
     model = Teacher(config)
     if options.attn_implementation is not None:
         model.set_attn_implementation(options.attn_implementation)
@@ -276,6 +287,22 @@ def build(recipe: TeacherRecipe) -> TeacherTrainer:
         eval_dataset=held_out,
         recipe=recipe,
     )
+
+
+def _config(options, tokenizer):
+    try:
+        vision_config = SiglipVisionConfig(**options.vision_config)
+        text_config = {
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "projection_size": vision_config.hidden_size,
+            **options.text_config,
+        }
+        return SiglipConfig(vision_config=vision_config, text_config=SiglipTextConfig(**text_config))
+    except (ValueError, StrictDataclassError) as error:
+        raise RecipeError(f"model.vision_config, model.text_config: {one_line(error)}") from None
 
 
 def train(recipe: TeacherRecipe) -> Path:

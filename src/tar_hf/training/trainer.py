@@ -41,6 +41,7 @@ FIXED = {
 POSITIVE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs")
 # What a run's folder may hold before its recipe does: that of a run which was killed early.
 OF_A_RUN = (f"{PREFIX_CHECKPOINT_DIR}-*", "runs", "base")
+READING_FILE = "reading.json"  # in a checkpoint: what `TarTrainer.reading` said
 
 
 class TarTrainer(Trainer):
@@ -92,12 +93,23 @@ class TarTrainer(Trainer):
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
+        if self.args.should_save:
+            (Path(output_dir) / READING_FILE).write_text(json.dumps(self.reading(), indent=2) + "\n", encoding="utf-8")
         self.accelerator.wait_for_everyone()  # what is written next says that the checkpoint is whole
 
     def training_step(self, model, inputs, *args, **kwargs):
         step, batch = self._place
         self._place = (step, batch + 1) if step == self.state.global_step else (self.state.global_step, 0)
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def reading(self) -> dict[str, int]:
+        """What decides on the samples of a step beside the recipe: another one would skip some or read some twice."""
+        args = self.args
+        reading = {"global_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size}
+        if isinstance(self.train_dataset, Stream):  # whose rows are dealt out to readers, a batch at a time
+            reading["per_device_train_batch_size"] = args.train_batch_size
+            reading["readers"] = args.world_size * max(1, args.dataloader_num_workers)
+        return reading
 
     def step_random(self) -> random.Random:
         """Draws that all processes and accumulated batches of a step share."""
@@ -130,7 +142,7 @@ class TarTrainer(Trainer):
         """The means since the last log line, over all processes. Every process calls it. Stages may add to it."""
         if self._sums is None:
             self._sums = torch.zeros(len(self.metric_names), 2, dtype=torch.float32, device=self.args.device)
-        sums = self.accelerator.reduce(self._sums, "sum").double().cpu()
+        sums = self.accelerator.reduce(self._sums, "sum").cpu().double()  # in this order: MPS has no float64
         self._sums.zero_()
         return {
             name: (total / weight).item()
@@ -179,7 +191,7 @@ def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
 
     Args:
         recipe (`Recipe`): Its `training` names the fields. `bf16: auto` is true where the machine is fast in bfloat16,
-            see `fast_bfloat16`.
+            see `fast_bfloat16`. Without an `eval_strategy` the rows of `eval_sources` are looked at at every save.
         stage: The stage's defaults, which the recipe may override.
 
     Raises:
@@ -211,6 +223,8 @@ def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
     defaults |= {"dataloader_pin_memory": accelerator, "use_cpu": not accelerator}
     defaults |= {"disable_tqdm": not sys.stderr.isatty()}
     options = {**defaults, **stage, **recipe.training}
+    if getattr(recipe.data, "eval_sources", None) and "eval_strategy" not in options:
+        options |= _evaluation_at_saves(options)
     if options.get("bf16") == "auto":
         options["bf16"] = fast_bfloat16(options["use_cpu"])
     elif options.get("bf16") and options["use_cpu"] and not multiplies_bfloat16():
@@ -236,6 +250,13 @@ def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
             "set CUDA_VISIBLE_DEVICES to one of them"
         )
     return arguments
+
+
+def _evaluation_at_saves(options):
+    if "eval_steps" not in options and options.get("save_strategy") in ("no", "epoch"):
+        return {"eval_strategy": "epoch"}  # a run is one: only its end is saved
+    steps = options.get("save_steps", TrainingArguments.save_steps)
+    return {"eval_strategy": "steps", "eval_steps": options.get("eval_steps", steps)}
 
 
 def fast_bfloat16(use_cpu: bool = False) -> bool:
@@ -314,17 +335,39 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     return None
 
 
+def check_goes_on(trainer: TarTrainer, checkpoint: Path):
+    """Raises a `RecipeError` for a checkpoint from which the run would not go on as an unbroken one."""
+    if trainer.recipe is not None:
+        check_same_run(trainer.recipe, checkpoint)
+    if not any(checkpoint.glob("rng_state*.pth")):
+        raise RecipeError(
+            f"{checkpoint} holds no state of optimizer and schedule to go on with, as training.save_only_model leaves "
+            "them out: choose another output_dir, or remove the checkpoints to start anew"
+        )
+    if not (file := checkpoint / READING_FILE).is_file():  # an older version's
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in trainer.reading().items():
+        if before.get(name) != value:
+            raise RecipeError(
+                f"{checkpoint} was trained with {name}={before.get(name)}, and now it is {value}: samples would be "
+                "left out or come twice. Go on with as many (global_batch is training.per_device_train_batch_size "
+                "times training.gradient_accumulation_steps times processes, readers are the dataloader workers of all "
+                "processes), or choose another output_dir"
+            )
+
+
 def run(trainer: TarTrainer) -> Path:
     """
     Trains, going on from the newest checkpoint in the output folder, and saves the result there.
 
-    Returns the folder: a repository, with the run's checkpoints in it.
+    Returns the folder: a repository, with the run's checkpoints in it. Raises what `check_goes_on` does.
     """
     output = Path(trainer.args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = last_checkpoint(output)
-    if trainer.recipe is not None and checkpoint is not None:
-        check_same_run(trainer.recipe, checkpoint)
+    if checkpoint is not None:
+        check_goes_on(trainer, checkpoint)
     if trainer.recipe is not None and trainer.is_world_process_zero():
         write_recipe(trainer.recipe, output)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
