@@ -23,6 +23,22 @@ GOLDEN = Path(__file__).parent / "golden"
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
 
+# What takes longest, in this order, goes first: begun last, it would leave the other workers with nothing to do.
+LONGEST = (
+    *("mini/test_train_mini.py", "mini/test_weights.py", "training/test_launch.py", "training/test_processes.py"),
+    *("pipelines/test_diffusers_index.py", "test_benchmarks.py", "test_documentation.py"),
+)
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # pytest-xdist's own order: the files with most tests first
+
+
+def pytest_collection_modifyitems(items):
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    first = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (first.get(item.path, len(first)), item.path not in slow))
+
 
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory) -> Path:

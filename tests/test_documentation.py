@@ -4,8 +4,8 @@ import itertools
 import json
 import random
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -67,10 +67,18 @@ def test_readme_commands(golden, tmp_path, monkeypatch, capsys):
     lines = [command.removeprefix(".venv/bin/") for command in commands]
     lines = [line for line in lines if line.startswith("tar-hf ")]
     assert len(lines) >= 10
+    small = {
+        "convert ta-tok": ["--vision-config", str(published / "vision_config")],  # the golden one is no published size
+        # Fewer codes, candidates and steps than the README's.
+        "generate": ["--scale", "3", "--self-reflect", "1"],
+        "describe": ["--scale", "3", "--max-new-tokens", "8"],
+        "train llm recipe.yaml": ["training.max_steps=2"],
+    }
     for line in lines:
-        arguments = shlex.split(line, comments=True)[1:]
-        if arguments[:2] == ["convert", "ta-tok"]:
-            arguments += ["--vision-config", str(published / "vision_config")]  # the golden one is no published size
+        command = line.removeprefix("tar-hf ")
+        arguments = shlex.split(command, comments=True)
+        for start, options in small.items():
+            arguments += options if command.startswith(start) else []
         # In tests the Hub is out of reach: tests/pipelines/test_tar_on_the_hub.py pushes to a stand-in.
         assert main(arguments) == (2 if arguments[0] == "push" else 0), (line, capsys.readouterr().err)
     assert "HF_HUB_OFFLINE" in capsys.readouterr().err
@@ -115,11 +123,11 @@ def draw_pictures(folder: Path):
 
 
 @pytest.mark.slow
-def test_example_reconstruct(tmp_path):
-    command = [sys.executable, ROOT / "examples" / "reconstruct.py", "--output", tmp_path / "out", "--scale", "3"]
+def test_example_reconstruct(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reconstruct", "--output", str(tmp_path / "out"), "--scale", "3"])
     for _ in range(2):  # the second time with the repositories of the first
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        assert "codes (1, 81)" in output
+        runpy.run_path(ROOT / "examples" / "reconstruct.py", run_name="__main__")
+        assert "codes (1, 81)" in capsys.readouterr().out
     with Image.open(tmp_path / "out" / "reconstruction.png") as picture:
         assert picture.size == (128, 128) and picture.mode == "RGB"
 

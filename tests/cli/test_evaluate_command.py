@@ -12,13 +12,13 @@ from tar_hf.mini.evaluate import DRAWING, TARGETS
 @pytest.mark.slow
 def test_evaluate_mini(run, tmp_path):
     out = tmp_path / "new" / "scores"
-    status, printed, err = run("evaluate", "mini", "--count", 1, "--seed", 5, "-o", out, "--check")
+    status, printed, err = run("evaluate", "mini", "--count", 1, "--seed", 5, "--scale", 3, "-o", out, "--check")
     assert (status, err) == (1, [])
     assert {file.name for file in out.iterdir()} == {"scores.json", "scores.md", "samples.png"}
     scores = json.loads((out / "scores.json").read_text())
     settings = scores.pop("settings")
     assert settings.pop("seconds") > 0
-    assert [settings.pop(name) for name in DRAWING] == [1, None, None, 1]
+    assert [settings.pop(name) for name in DRAWING] == [3, None, None, 1]
     assert settings == {"model": "repo", "count": 1, "seed": 5, "split": "test", "tar_hf": __version__}
     assert TARGETS.keys() | {f"{name}_stderr" for name in TARGETS} <= scores.keys()
     table = (out / "scores.md").read_text().splitlines()

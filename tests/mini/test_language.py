@@ -1,24 +1,29 @@
 """The text language model of tar-mini: its texts, and a run that is stopped."""
 
+import functools
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tar_hf.mini import world
+from tar_hf.mini import language, world
 from tar_hf.mini.language import LanguageRecipe, Texts, TextsRecipe, build, train
 from tar_hf.mini.tokenizer import make_tokenizer
 from tar_hf.training.recipe import RecipeError, load_recipe
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+once = functools.cache(make_tokenizer)  # test_tokenizer.py makes it twice, and it is the same
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer()
+    return once(TextsRecipe().vocab_size)
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(tmp_path, monkeypatch):
+    monkeypatch.setattr(language, "make_tokenizer", once)
+
     def read(output="out", model=None, data=None, **options):
         content = {
             "output_dir": str(tmp_path / output),
@@ -63,7 +68,6 @@ def test_a_text_depends_on_split_seed_and_number_alone(tokenizer):
     assert len(held_out) > 50
 
 
-@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_an_unbroken_one_and_loads_as_a_language_model(make, tmp_path):
     unbroken = build(make("unbroken", max_steps=30, learning_rate=1e-2, save_strategy="no"))
     unbroken.train()

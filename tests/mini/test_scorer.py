@@ -16,7 +16,7 @@ def thing(shape, color, x, y, size=20):
 
 
 def test_rendered_scenes_are_read_with_hardly_a_mistake():
-    scenes = list(islice(world.scenes("test"), 600))
+    scenes = list(islice(world.scenes("test"), 250))
     wrong = sum(not scorer.same_places(scene, scorer.read_scene(world.render(scene)), 2.0) for scene in scenes)
     assert wrong / len(scenes) < 0.005
 

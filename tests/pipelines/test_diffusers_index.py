@@ -1,7 +1,6 @@
 """The diffusion de-tokenizer's repository: loaded, saved and loaded again, with the package and without it."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -59,6 +58,7 @@ pipe = use("converted", trust_remote_code=True)
 pipe.save_pretrained(FOLDERS["from_remote"])
 use("from_remote", trust_remote_code=True).save_pretrained(FOLDERS["from_remote"])  # over itself
 use("from_remote", trust_remote_code=True)
+use("from_package", trust_remote_code=True)
 finish()
 """
 
@@ -66,29 +66,39 @@ finish()
 WITH_PACKAGE = """
 import tar_hf
 assert "torch" not in sys.modules and "diffusers" not in sys.modules
-use("from_remote", tar_hf.TarDiffusionDeTokPipeline)
+tar_hf.TarDiffusionDeTokPipeline.from_pretrained(FOLDERS["converted"])
 pipe = use("converted")
 assert type(pipe) is tar_hf.TarDiffusionDeTokPipeline
 assert type(use("converted", trust_remote_code=True)) is tar_hf.TarDiffusionDeTokPipeline, "the package goes first"
 pipe.save_pretrained(FOLDERS["from_package"])
 use("from_package")
+use("hub")
 finish()
 """
 
-# diffusers first, and what the package saved without the package.
 DIFFUSERS_FIRST = """
 from diffusers import DiffusionPipeline
 import tar_hf
 assert "tar_hf.pipelines" not in sys.modules
 use("converted")
+use("from_remote", tar_hf.TarDiffusionDeTokPipeline)
 finish()
 """
 
-WITHOUT_PACKAGE_AGAIN = """
+# By itself: the code of a folder has the same module names.
+WITHOUT_PACKAGE_FROM_HUB = """
 sys.modules["tar_hf"] = None
-use("from_package", trust_remote_code=True)
+use("hub", trust_remote_code=True)
 finish()
 """
+
+SCRIPTS = {  # in this order: they load what those before them saved
+    "with": WITH_PACKAGE,
+    "without": WITHOUT_PACKAGE,
+    "diffusers first": DIFFUSERS_FIRST,
+    "without, from the hub": WITHOUT_PACKAGE_FROM_HUB,
+}
+ONLINE = ("with", "without, from the hub")
 
 PACKAGE = [
     "tar_hf.modeling.modeling_negative_condition",
@@ -102,42 +112,44 @@ REMOTE = [f"diffusers_modules.local.{name.rpartition('.')[2]}" for name in PACKA
 def ran(diffusion_detok_repo, expected, tmp_path_factory):
     """Runs the processes in order; gives the images and facts of each, and the folders."""
     root = tmp_path_factory.mktemp("diffusion_repos")
+    repo = diffusion_detok_repo(with_ta_tok=True)
     folders = {name: root / name for name in ("converted", "from_remote", "from_package")}
-    folders["converted"].symlink_to(diffusion_detok_repo(with_ta_tok=True))
+    folders["converted"].symlink_to(repo)
     save_file({"codes": expected("published/ta_tok")["codes_scale1"][:1].clone()}, root / "inputs.safetensors")
+    files = {str(path.relative_to(repo)): path.read_bytes() for path in repo.rglob("*") if path.is_file()}
     results = {}
-    for name, script in (
-        ("without", WITHOUT_PACKAGE),
-        ("with", WITH_PACKAGE),
-        ("diffusers first", DIFFUSERS_FIRST),
-        ("without again", WITHOUT_PACKAGE_AGAIN),
-    ):
-        caches = {"HF_HOME": str(root / name / "home"), "HF_MODULES_CACHE": str(root / name / "modules")}
-        output = root / f"{name}.safetensors"
-        arguments = [json.dumps({key: str(folder) for key, folder in folders.items()}), output]
-        process = subprocess.run(
-            [sys.executable, "-c", COMMON + script, *arguments, root / "inputs.safetensors"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            cwd=root,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"} | caches,
-        )
-        assert process.returncode == 0, process.stderr
-        results[name] = load_file(output), json.loads(output.with_suffix(".json").read_text())
+    with hub_server() as server:
+        server.repos["user/detok"] = Repo(private=False)
+        server.repos["user/detok"].add("main", Commit(files, "first"))
+        for name, script in SCRIPTS.items():
+            output = root / f"{name}.safetensors"
+            named = {key: str(folder) for key, folder in folders.items()} | {"hub": "user/detok"}
+            process = subprocess.run(
+                [sys.executable, "-c", COMMON + script, json.dumps(named), output, root / "inputs.safetensors"],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                cwd=root,
+                env=server.environment(root / name) | ({} if name in ONLINE else {"HF_HUB_OFFLINE": "1"}),
+            )
+            assert process.returncode == 0, process.stderr
+            results[name] = load_file(output), json.loads(output.with_suffix(".json").read_text())
     return results, folders
 
 
 @pytest.mark.parametrize(
     ("process", "folder", "modules"),
     [
+        ("with", "converted", PACKAGE),
+        ("with", "from_package", PACKAGE),
         ("without", "converted", REMOTE),
         ("without", "from_remote", REMOTE),
-        ("with", "converted", PACKAGE),
-        ("with", "from_remote", PACKAGE),
-        ("with", "from_package", PACKAGE),
+        ("without", "from_package", REMOTE),
         ("diffusers first", "converted", PACKAGE),
-        ("without again", "from_package", REMOTE),
+        ("diffusers first", "from_remote", PACKAGE),
+        # diffusers looks at the files' names before it downloads them, so the Hub is a way of its own.
+        ("with", "hub", PACKAGE),
+        ("without, from the hub", "hub", REMOTE),
     ],
 )
 def test_golden_image_whichever_way(ran, expected, process, folder, modules):
@@ -145,38 +157,6 @@ def test_golden_image_whichever_way(ran, expected, process, folder, modules):
     golden = expected("published/sana")["image_scale1_guidance4"]
     torch.testing.assert_close(images[folder], golden, rtol=0, atol=1e-4)
     assert [name for name in facts[folder] if not name.startswith("diffusers.")] == modules
-
-
-@pytest.mark.parametrize(("script", "modules"), [("import tar_hf", PACKAGE), ("sys.modules['tar_hf'] = None", REMOTE)])
-def test_from_the_hub(diffusion_detok_repo, expected, tmp_path, script, modules):
-    """diffusers looks at the files' names before it downloads them, so this is a way of its own."""
-    repo = diffusion_detok_repo(with_ta_tok=True)
-    save_file({"codes": expected("published/ta_tok")["codes_scale1"][:1].clone()}, tmp_path / "inputs.safetensors")
-    trust = "trust_remote_code=True" if modules is REMOTE else ""
-    output = tmp_path / "output.safetensors"
-    with hub_server() as server:
-        server.repos["user/detok"] = Repo(private=False)
-        files = {str(path.relative_to(repo)): path.read_bytes() for path in repo.rglob("*") if path.is_file()}
-        server.repos["user/detok"].add("main", Commit(files, "first"))
-        process = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                f"{COMMON}\n{script}\nuse('hub', {trust})\nfinish()",
-                '{"hub": "user/detok"}',
-                output,
-                tmp_path / "inputs.safetensors",
-            ],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            env=server.environment(tmp_path / "home"),
-        )
-    assert process.returncode == 0, process.stderr
-    golden = expected("published/sana")["image_scale1_guidance4"]
-    torch.testing.assert_close(load_file(output)["hub"], golden, rtol=0, atol=1e-4)
-    facts = json.loads(output.with_suffix(".json").read_text())
-    assert [name for name in facts["hub"] if not name.startswith("diffusers.")] == modules
 
 
 def test_without_the_package_the_flag_decides(ran):

@@ -36,7 +36,7 @@ def test_a_system_in_int8_draws_and_answers(pipe):
     assert in_int8(pipe.model) == 7 * layers  # the output layer has the embedding's weights
     assert in_int8(pipe.detokenizer.model) >= 4 * pipe.detokenizer.config.num_hidden_layers
     assert in_int8(pipe.detokenizer.vqvae) == 0
-    picture = pipe(PROMPT, generator=seed()).images[0]
+    picture = pipe(PROMPT, self_reflect=1, generator=seed()).images[0]
     shown = scorer.read_scene(picture)
     assert shown.contents == {("red", "circle"): 1} and shown.background == "white"
     assert pipe.generate_text("What color is the circle?", images=picture) == "red"

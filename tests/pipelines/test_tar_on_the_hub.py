@@ -11,19 +11,13 @@ from hub_server import hub_server
 
 pytestmark = pytest.mark.slow
 
-PUSH = """
-import sys, torch
-from tar_hf import TarPipeline
-
-pipe = TarPipeline.from_pretrained(sys.argv[1])
-print(pipe.push_to_hub("user/tar", private=False))
-"""
-
 # The parts come when they are needed, and only those.
-USE = """
+PUSH_AND_USE = """
 import json, os, sys, torch
 from pathlib import Path
 from tar_hf import TarPipeline
+
+print(TarPipeline.from_pretrained(sys.argv[1]).push_to_hub("user/tar", private=False))
 
 def names():
     home = Path(os.environ["HF_HOME"])
@@ -60,10 +54,10 @@ def test_pushed_and_used_by_its_id(tar_repo, tmp_path):
             text=True,
         )
         assert process.returncode == 0, process.stderr
-        return process.stdout.splitlines()[-1]
+        return process.stdout.splitlines()
 
     with hub_server() as hub:
-        assert run("push", PUSH, tar_repo) == f"{hub.url}/user/tar"
-        (before, after), codes = json.loads(run("use", USE))
-        assert before == [] and after == ["detokenizer", "ta_tok"]
-        assert json.loads(run("without", WITHOUT)) == codes and len(codes) == 81
+        *_, url, used = run("with", PUSH_AND_USE, tar_repo)
+        (before, after), codes = json.loads(used)
+        assert url == f"{hub.url}/user/tar" and before == [] and after == ["detokenizer", "ta_tok"]
+        assert json.loads(run("without", WITHOUT)[-1]) == codes and len(codes) == 81

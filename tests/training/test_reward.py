@@ -72,12 +72,12 @@ class FirstFeature:
 
 
 def test_what_is_rewarded_becomes_likelier(reward_recipe):
-    steps = {"max_steps": 30, "learning_rate": 3e-3, "lr_scheduler_type": "constant"}
+    steps = {"max_steps": 15, "learning_rate": 3e-3, "lr_scheduler_type": "constant"}
     trainer = build(reward_recipe("out", "group_size=8", "weight=100", **steps))
     recipe = trainer.recipe.model
     trainer.pipe = TarPipeline.around(trainer.model, trainer.processing_class, recipe.base, detokenizer=FirstFeature())
     rewards = logged(run(trainer), "reward")
-    assert len(rewards) == 30
+    assert len(rewards) == 15
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 3
 
 
