@@ -134,7 +134,7 @@ def llm(options):
     settings = {"dtype": getattr(torch, options["dtype"]), "pack": options["pack"], **int8(options)}
     pipe = TarPipeline.from_pretrained(options["folder"], **settings)
     model = pipe.to(options["device"]).model
-    row = pipe._prompt_ids([("user", "A photo of a macaw")], [], drawing=options["scale"])
+    row = pipe._prompt_ids([("user", "A photo of a macaw")], [], drawing=1)
     uniform = torch.rand(options["batch"], STEPS + 1)
     sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 1200}
     ids = torch.tensor([row] * options["batch"], device=model.device)
@@ -176,7 +176,7 @@ def load(options):
 
 
 def whole(options):
-    """A picture from a prompt, and a description of a picture, with all parts loaded."""
+    """Pictures from prompts, and descriptions of pictures, with all parts loaded."""
     from PIL import Image
 
     from tar_hf import TarPipeline
@@ -190,7 +190,11 @@ def whole(options):
         {
             "picture": lambda: pipe([prompt] * options["batch"], scale=scale, generator=generator.manual_seed(0)),
             "description": lambda: pipe.generate_text(
-                "Describe the image shortly.", images=photo, scale=scale, max_new_tokens=16, min_new_tokens=16
+                ["Describe the image shortly."] * options["batch"],
+                images=[photo] * options["batch"],
+                scale=scale,
+                max_new_tokens=16,
+                min_new_tokens=16,
             ),
         }
     )

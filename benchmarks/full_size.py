@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from memory import peak_bytes
+
 STEPS = {
     "import only": "",
     "convert ta-tok": "from tar_hf.conversion import convert_ta_tok; convert_ta_tok('ta_tok.pth', 'ta_tok')",
@@ -89,7 +91,7 @@ def measure(code: str, folder: str) -> tuple[float, int]:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"failed with status {os.waitstatus_to_exitcode(status)}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    return time.perf_counter() - start, peak_bytes(usage)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@
     python benchmarks/stages.py ar-detok --folder ar-detok --original Tar --original-python venv/bin/python \
         --sources DIR
 
-STAGE is `ta-tok`, `ar-detok`, `llm`, `load` (of the part at --folder) or `whole` (a picture and a description). The
-folder is a repository of the stage's part, for `llm` and `whole` of a whole Tar, such as `tar-mini`.
+STAGE is `ta-tok`, `ar-detok`, `llm`, `load` (of the part at --folder, in its files' dtype, on the CPU) or `whole` (a
+picture and a description). The folder is a repository of the stage's part, for `llm` and `whole` of a whole Tar, such
+as `tar-mini`.
 `benchmarks/synthetic.py` writes files of the published sizes with random weights, and `tar-hf convert` turns them into
 repositories; the original reads the files themselves, in --sources.
 
@@ -27,15 +28,21 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# What is varied, by stage.
-VARIED = {
-    "ta-tok": ("batch", "scale"),
-    "ar-detok": ("batch", "tokens", "grid"),
-    "llm": ("batch",),
-    "load": (),
-    "whole": ("batch", "scale"),
+WHERE = {"dtype": "float32", "device": "cpu"}
+# The options that each stage takes, and what they are where they are not given.
+OPTIONS = {
+    "ta-tok": {**WHERE, "batch": [1], "scale": [1], "compile": False},
+    "ar-detok": {
+        **WHERE,
+        **{"batch": [1], "tokens": [729], "grid": [], "window": [], "guidance": 4.0},
+        **{"compile": False, "int8": False, "pack": False},
+    },
+    "llm": {**WHERE, "batch": [1], "int8": False, "pack": False},
+    "load": {},
+    "whole": {**WHERE, "batch": [1], "scale": [1], "pack": False},
 }
-OF_STAGES = {"compile": ("ta-tok", "ar-detok"), "int8": ("ar-detok", "llm"), "pack": ("ar-detok", "llm", "whole")}
+VARIED = ("batch", "scale", "tokens", "grid")  # of which a run may take several
+ORIGINAL = ("ta-tok", "ar-detok")  # stages that the original has too
 
 
 class Contender:
@@ -73,13 +80,15 @@ class Contender:
 
 def measure(contenders: list[Contender], repeats: int) -> dict[str, dict[str, list[float]]]:
     """case -> contender -> seconds of each repeat, one more run of each before as a warm-up."""
-    times = {}
+    times = {case: {} for contender in contenders for case in contender.cases}
     for repeat in range(repeats + 1):
-        for contender in contenders:
-            for case in contender.cases:
-                taken = contender.run(case)
+        for case, taken in times.items():
+            for contender in contenders:
+                if case not in contender.cases:
+                    continue
+                seconds = contender.run(case)
                 if repeat:
-                    times.setdefault(case, {}).setdefault(contender.name, []).append(taken)
+                    taken.setdefault(contender.name, []).append(seconds)
     return times
 
 
@@ -103,20 +112,10 @@ def run(arguments, setting: dict) -> list[dict]:
         "stage": arguments.stage,
         "folder": str(Path(arguments.folder).resolve() if Path(arguments.folder).exists() else arguments.folder),
         "part": "ta_tok" if "ta" in Path(arguments.folder).name else "other",
-        "dtype": arguments.dtype,
-        "device": arguments.device,
-        "guidance": arguments.guidance,
         "threads": arguments.threads,
-        "compile": arguments.compile,
-        "int8": arguments.int8,
-        "pack": arguments.pack,
         "sources": str(arguments.sources.resolve()) if arguments.sources else None,
         "path": [str(HERE)],
-        "batch": 1,
-        "scale": 1,
-        "tokens": 729,
-        "grid": None,
-        "window": arguments.window,
+        **{name: getattr(arguments, name) for name in OPTIONS[arguments.stage]},
         **setting,
     }
     contenders = [Contender("tar-hf", sys.executable, "contenders", options)]
@@ -171,41 +170,56 @@ def plot(rows, varied, file: Path):
     figure.savefig(file, dpi=150)
 
 
-def main():
+def parse(command: list[str] | None = None) -> argparse.Namespace:
+    """What is asked for, by default of the command line. Options that the stage does not take are None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=VARIED, metavar="STAGE")
+    parser.add_argument("stage", choices=OPTIONS, metavar="STAGE")
     parser.add_argument("--folder", required=True)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
+    parser.add_argument("--device")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--scale", type=int, nargs="+", default=[1])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[729], help="of the condition")
-    parser.add_argument("--grid", type=int, nargs="+", default=[], help="side of AR-DTok's tokens, for another picture")
-    parser.add_argument("--window", type=int, nargs="+", default=[], help="a step of Jacobi decoding, for each")
-    parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--compile", action="store_true", help="torch.compile TA-Tok's encoder, AR-DTok")
-    parser.add_argument("--int8", action="store_true", help="torchao's weights for AR-DTok and the language model")
-    parser.add_argument("--pack", action="store_true", help="weights of AR-DTok, the language model in oneDNN's order")
+    parser.add_argument("--batch", type=int, nargs="+")
+    parser.add_argument("--scale", type=int, nargs="+")
+    parser.add_argument("--tokens", type=int, nargs="+", help="of the condition")
+    parser.add_argument("--grid", type=int, nargs="+", help="side of AR-DTok's tokens, for another picture")
+    parser.add_argument("--window", type=int, nargs="+", help="a step of Jacobi decoding, for each")
+    parser.add_argument("--guidance", type=float, help="4 by default")
+    flag = {"action": "store_const", "const": True}  # None where it is not given
+    parser.add_argument("--compile", **flag, help="torch.compile TA-Tok's encoder, AR-DTok")
+    parser.add_argument("--int8", **flag, help="torchao's weights for AR-DTok and the language model")
+    parser.add_argument("--pack", **flag, help="weights of AR-DTok, the language model in oneDNN's order")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--original", type=Path, metavar="PATH", help="checkout of the original code")
     parser.add_argument("--original-python", metavar="PYTHON", help="with transformers 4.50")
     parser.add_argument("--sources", type=Path, metavar="DIR", help="the files that --folder was converted from")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    if bool(arguments.original) != bool(arguments.original_python) or arguments.original and not arguments.sources:
+    arguments = parser.parse_args(command)
+    of_original = arguments.original, arguments.original_python, arguments.sources
+    if any(of_original) and not all(of_original):
         parser.error("--original, --original-python and --sources go together")
-    for option, stages in OF_STAGES.items():
-        if getattr(arguments, option) and arguments.stage not in stages:
-            parser.error(f"--{option} is for {', '.join(stages)}")
-    varied = [name for name in VARIED[arguments.stage] if getattr(arguments, name)]
+    if arguments.original and arguments.stage not in ORIGINAL:
+        parser.error(f"--original is for {', '.join(ORIGINAL)}, got {arguments.stage}")
+    own = OPTIONS[arguments.stage]
+    for option in dict.fromkeys(name for options in OPTIONS.values() for name in options):
+        given = getattr(arguments, option)
+        if given is None:
+            setattr(arguments, option, own.get(option))
+        elif option not in own:
+            stages = [stage for stage, options in OPTIONS.items() if option in options]
+            parser.error(f"--{option} is for {', '.join(stages)}, got {arguments.stage}")
+    return arguments
+
+
+def main():
+    arguments = parse()
+    varied = [name for name in VARIED if getattr(arguments, name)]
     rows = []
     for values in itertools.product(*(getattr(arguments, name) for name in varied)):
         rows += run(arguments, dict(zip(varied, values, strict=True)))
     show(rows, varied)
     if arguments.json:
-        settings = {name: str(value) for name, value in vars(arguments).items()}
+        settings = {name: str(value) for name, value in vars(arguments).items() if value is not None}
         arguments.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
     if arguments.plot:
         plot(rows, varied, arguments.plot)

@@ -7,8 +7,9 @@ an empty line its peak memory in bytes, and ends.
 import importlib
 import json
 import os
-import resource
 import sys
+
+from memory import peak_bytes
 
 answers, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr  # what libraries print is no answer
 
@@ -30,8 +31,8 @@ def main():
             if not line.strip():
                 break
             answer(cases[line.strip()]())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    answer(torch.cuda.max_memory_allocated() if options["device"] == "cuda" else peak)
+    on_gpu = torch.device(options.get("device", "cpu")).type == "cuda"
+    answer(torch.cuda.max_memory_allocated() if on_gpu else peak_bytes())
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from PIL import Image
 
 from tar_hf import TarPipeline
 from tar_hf.contact_sheet import make_tile
+from tar_hf.mini import evaluate as evaluation
 from tar_hf.mini import scorer, world
-from tar_hf.mini.evaluate import QUESTION_KINDS, TARGETS, evaluate, missed
+from tar_hf.mini.evaluate import QUESTION_KINDS, TARGETS, evaluate, missed, standard_error
 from tar_hf.mini.report import flat, table, write_report
 from tar_hf.pipelines.tar_prompts import VARIATION
 from tar_hf.pipelines.tar_sampling import Interrupted
@@ -26,6 +27,7 @@ class Knowing:
     default_self_reflect = None
     default_self_reflect_pictures = None
     default_prompt_guidance_scale = 1.0
+    scale = 1  # that it expects pictures at, read and drawn
 
     def __init__(self, split="test", seeds=(0,)):
         streams = [world.samples(split, seed, kind) for seed in seeds for kind in (*world.KINDS, None)]
@@ -33,7 +35,18 @@ class Knowing:
         for seed in seeds:  # what diversity is asked about lies further on
             self.wishes |= {prompt: wish for prompt, wish, _ in islice(world.samples(split, seed + 2), 200)}
 
-    def __call__(self, prompts, images, generator, scale, self_reflect, self_reflect_pictures, prompt_guidance_scale):
+    def __call__(
+        self,
+        prompts,
+        images,
+        generator,
+        scale,
+        image_scale,
+        self_reflect,
+        self_reflect_pictures,
+        prompt_guidance_scale,
+    ):
+        assert (scale, image_scale) == (self.scale, self.scale)
         return SimpleNamespace(images=list(map(self.draw, prompts, images, generator)))
 
     def draw(self, prompt, image, generator):
@@ -51,6 +64,7 @@ class Knowing:
         return world.render(both)
 
     def generate_text(self, questions, images, scale, max_new_tokens):
+        assert scale == self.scale
         return list(map(self.answer, questions, images))
 
     def answer(self, question, image):
@@ -70,6 +84,7 @@ class Knowing:
         return world.article(f"{there[0].color} {there[0].shape}") if there else "nothing"
 
     def reconstruct(self, images, scale, generator):
+        assert scale == self.scale
         return images
 
 
@@ -111,20 +126,46 @@ def test_who_knows_the_world_is_right(known):
 
 
 def test_who_is_blind_is_wrong():
+    """And there is nothing to say of the diversity of what is right."""
     result = evaluate(Blind(), count=2)
-    assert set(result["scores"].values()) == {0.0}
+    unscored = {name for name, score in result["scores"].items() if score is None}
+    assert unscored == {"diversity", "diversity_background", "diversity_color"}
+    assert set(result["scores"].values()) == {0.0, None}
     assert missed(result["scores"]) == list(TARGETS)
+    assert "| diversity            | -     |       |" in table(result)
 
 
 def test_one_layout_a_prompt_is_no_diversity():
     scores = evaluate(Stuck(), count=1)["scores"]
-    assert scores["diversity"] == 1 / 8 and scores["diversity_background"] == scores["diversity_color"] == 0
+    assert scores["diversity"] == scores["diversity_background"] == scores["diversity_color"] == 0
+
+
+def test_the_first_right_picture_of_a_prompt_is_no_diversity():
+    """Of one prompt three pictures are right, the last where the first is; of another one, of which nothing is said."""
+    scenes = [world.Scene((world.Thing("circle", "red", 20, x, 40),), "white") for x in (20, 60, 21)]
+    tasks = [evaluation.Task(prompt, lambda shown: True) for prompt in ("some", "one")]
+    samples = [evaluation.Sample("diversity", tasks[0], None, scene, True) for scene in scenes]
+    samples.insert(1, replace(samples[0], shown=world.Scene((), "white"), right=False))
+    right = evaluation._diversity([*samples, replace(samples[0], task=tasks[1])])
+    assert right["diversity"] == [("some", True), ("some", False)]
+    assert right["diversity_background"] == right["diversity_color"] == [("some", False)]
+
+
+def test_all_pictures_are_of_one_scale():
+    """Those given and those drawn."""
+    knowing = Knowing()
+    knowing.scale = 3
+    result = evaluate(knowing, count=1, scale=3)
+    assert result["settings"]["scale"] == 3 and result["scores"]["text_image_to_image"] == 1
 
 
 def test_unseen_are_the_prompts_of_held_out_combinations(known):
     drawn = [sample for sample in known[0]["samples"] if sample.task.wish and sample.measure != "diversity"]
-    unseen = {sample.measure for sample in drawn if not world.belongs(sample.task.wish, "train")}
-    assert unseen == {"two_objects", "position", "color_attribution"}
+    unseen = [sample.task.wish for sample in drawn if not world.belongs(sample.task.wish, "train")]
+    assert {wish.kind for wish in unseen} == {"two_objects", "position", "color_attribution"}
+    # Canvas and all: training asks for the same things on another canvas.
+    others = [[replace(wish, background=canvas) for canvas in (None, *world.BACKGROUNDS)] for wish in unseen]
+    assert all(any(world.belongs(wish, "train") for wish in wishes) for wishes in others)
     scores = evaluate(Knowing("train"), count=1, split="train")["scores"]
     assert scores["unseen"] is None and scores["seen"] == 1
 
@@ -149,7 +190,8 @@ def test_report(known, tmp_path):
     result, _ = known
     write_report(result, tmp_path / "report")
     written = json.loads((tmp_path / "report" / "scores.json").read_text())
-    settings = written.pop("settings")
+    settings, distinct = written.pop("settings"), written.pop("distinct")
+    assert distinct["recolor"] == 18 > distinct["two_objects"] > 1 and distinct["diversity_color"] == 4
     assert settings.pop("seconds") > 0 and settings.pop("tar_hf")
     drawing = {"scale": 1, "self_reflect": None, "self_reflect_pictures": None, "prompt_guidance_scale": 1.0}
     assert settings == {"model": "knowing", "count": 18, "seed": 4, "split": "test", **drawing}
@@ -173,11 +215,28 @@ def test_the_longest_prompt_fits_under_its_picture():
 
 def test_errors_are_those_of_shares():
     result = {"scores": {"a": 0.5, "colors": 0.5, "b": None}, "errors": {"a": 0.1, "colors": 0.05, "b": None}}
-    assert flat({**result, "settings": {}}) == {
+    assert flat({**result, "distinct": {"a": 4}, "settings": {}}) == {
         **{"a": 0.5, "a_stderr": 0.1, "colors": 0.5, "colors_stderr": 0.05, "b": None, "b_stderr": None},
+        "distinct": {"a": 4},
         "settings": {},
     }
     assert "| colors  | 0.500 | 0.050 | 0.95     | no |" in table(result)
+
+
+def test_what_is_asked_again_is_no_new_outcome():
+    def error(*rights):
+        return standard_error([(asked, right) for asked, outcomes in enumerate(rights) for right in outcomes])
+
+    assert error([1], [0], [0], [0]) == math.sqrt(0.25 * 0.75 / 4)
+    # Four times each and alike they are as uncertain as once, but for the degree of freedom that the share takes.
+    assert math.isclose(error([1] * 4, [0] * 4, [0] * 4, [0] * 4), math.sqrt(0.25 * 0.75 / 3))
+    assert error([1, 0], [1, 0]) == 0  # whatever the prompt, half of it is right
+    assert error([1, 1, 1], [1]) == error([0, 0]) == 0
+    assert error([1, 0, 0, 0]) == math.sqrt(0.25 * 0.75)  # one prompt says little of others
+    # Repeats of what is right half of the time, each for itself, are as many prompts, within what is to be expected.
+    draw = random.Random(0)
+    rights = [[draw.random() < 0.5 for _ in range(5)] for _ in range(400)]
+    assert math.isclose(error(*rights), math.sqrt(0.25 / 2000), rel_tol=0.1)
 
 
 def test_a_mean_has_the_error_of_its_parts():
@@ -193,8 +252,13 @@ def test_a_mean_has_the_error_of_its_parts():
     assert result["errors"]["answers_counting"] == 0.25 and math.isclose(result["errors"]["understanding"], 0.25 / 4)
 
 
-@pytest.mark.slow
-def test_a_real_pipeline(tar_repo):
+@pytest.fixture
+def few_open_prompts(monkeypatch):
+    monkeypatch.setattr(evaluation, "DIVERSITY_PROMPTS", 1)
+    monkeypatch.setattr(evaluation, "DIVERSITY_SEEDS", 2)
+
+
+def test_a_real_pipeline(tar_repo, few_open_prompts):
     """The golden one, which knows nothing, with the fewest codes to be quick."""
     pipe = TarPipeline.from_pretrained(tar_repo)
     first, second = (evaluate(pipe, count=1, seed=1, scale=3) for _ in range(2))
@@ -204,10 +268,9 @@ def test_a_real_pipeline(tar_repo):
         assert one.picture.tobytes() == other.picture.tobytes()
 
 
-@pytest.mark.slow
-def test_the_diffusion_detokenizer(tar_repo, diffusion_detok_repo):
+def test_the_diffusion_detokenizer(tar_repo, diffusion_detok_repo, few_open_prompts):
     pipe = TarPipeline.from_pretrained(tar_repo, detokenizer=diffusion_detok_repo())
-    assert missed(evaluate(pipe, count=1)["scores"])
+    assert missed(evaluate(pipe, count=1, scale=3)["scores"])
 
 
 def test_wrong_input_and_interrupts():

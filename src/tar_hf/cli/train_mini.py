@@ -18,8 +18,9 @@ HELP = (
     f"{_tell(STAGES)}; with --diffusion also {_tell(DIFFUSION_STAGES)}, in OUT/{DIFFUSION_RESULT}. Each stage is a "
     f"process of its own and ends with a measurement, which OUT/{GATES_FILE} keeps with the time that it took; one "
     "that is too low stops the command. On a CPU two stages run side by side, unless --jobs says otherwise. Given "
-    "again, the command goes on where it was killed, and leaves out the stages that are done. OUT gets the "
-    "recipes; their `training` may be changed there."
+    "again, the command goes on where it was killed, and leaves out the stages that are done; one whose entry there "
+    "has been deleted runs anew, and so does what was made from it. OUT gets those recipes that it has not: they are "
+    "yours to change, but once a stage has begun only in what they say of `training`."
 )
 
 
@@ -39,7 +40,10 @@ def run(arguments):
         print(f"{folder}: trained, the scores of each stage in {folder.parent / GATES_FILE}")
 
 
+STATES = {"removed": "removed, since what it was made from has been made anew"}
+
+
 def _show(stage, state, entry):
     scores = ", ".join(f"{name} {entry[name]:.4g} (needed {need})" for name, need in entry.get("needed", {}).items())
     took = f" in {entry['seconds']:.0f} s" if scores else ""
-    print(f"{stage}: {state}" + (f", {scores}{took}" if scores else ""), flush=True)
+    print(f"{stage}: {STATES.get(state, state)}" + (f", {scores}{took}" if scores else ""), flush=True)

@@ -7,7 +7,7 @@ The kinds of prompts are GenEval's (paper 2310.11513). `tar_hf.mini.scorer` judg
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice
@@ -81,12 +81,16 @@ def evaluate(
     """
     Draws, describes, varies, edits and reconstructs.
 
-    Of all prompts of the six kinds, `unseen` scores those whose combination of things, colors and places occurs in no
-    training prompt, in whatever wording; `seen` those of a combination that training has, in a wording that it has not.
-    (The combinations of one group of things are too few to hold any out, so these are `single_object`, `colors` and
-    `counting`.) `diversity` is over prompts that leave something open, each drawn from several seeds: the share of the
-    right pictures whose things stand elsewhere than in every earlier one, by more than 8 pixels;
-    `diversity_background` and `diversity_color` the shares of the prompts in whose right pictures these vary.
+    Of all prompts of the six kinds, `unseen` scores those whose combination no training prompt asks for, in whatever
+    wording: things, colors, relation and canvas taken together, where a canvas that is not named counts as one more. So
+    training may ask for the same things on another canvas, and of what is scored here nearly always does. `seen` scores
+    those of a combination that training has, in a wording that it has not. (The combinations of one group of things are
+    too few to hold any out, so these are `single_object`, `colors` and `counting`.)
+
+    `diversity` is over prompts that leave something open, each drawn from several seeds: the share of the right
+    pictures, the first of each prompt aside, whose things stand elsewhere than in every earlier one, by more than 8
+    pixels; `diversity_background` and `diversity_color` the shares of the prompts in whose right pictures these vary.
+    They say nothing of prompts with fewer than two right pictures.
 
     Args:
         pipe (`TarPipeline`): The system.
@@ -103,9 +107,9 @@ def evaluate(
         prompt_guidance_scale (`float`, *optional*): How much prompts guide. By default as its own settings say.
 
     Returns:
-        `dict`: `scores` by measure, in 0..1, `None` where the split has nothing to ask (training holds no `unseen`);
-        their `errors`, standard errors of a share, sqrt(p (1 - p) / n), or of a mean of shares; `settings`; `samples`,
-        a list of [`Sample`].
+        `dict`: `scores` by measure, in 0..1, `None` where there is nothing to score (training holds no `unseen`);
+        their `errors`, standard errors of a share ([`standard_error`]) or of a mean of shares; `distinct`, of how many
+        different wishes, scenes or questions a share is; `settings`; `samples`, a list of [`Sample`].
     """
     if count < 1:
         raise ValueError(f"count must be a positive number, got {count}")
@@ -120,7 +124,7 @@ def evaluate(
     drawing = {"scale": scale, **own}
     for measure, tasks in _tasks(split, seed, count):
         drawn = _draw(pipe, measure, tasks, seed, drawing, callback)
-        right[measure] = [sample.right for sample in drawn]
+        right[measure] = [_outcome(sample) for sample in drawn]
         samples += drawn
         if measure == world.KINDS[-1]:
             right |= _by_novelty(samples)
@@ -129,10 +133,10 @@ def evaluate(
     drawn = _draw(pipe, "diversity", tasks, seed, drawing, callback)
     right |= _diversity(drawn)
     samples += drawn
-    scores, errors = _shares(right)
+    scores, errors, distinct = _shares(right)
     settings = {"model": name, "count": count, "seed": seed, "split": split, **drawing, "tar_hf": __version__}
     settings["seconds"] = round(time.perf_counter() - start, 1)
-    return {"scores": scores, "errors": errors, "settings": settings, "samples": samples}
+    return {"scores": scores, "errors": errors, "distinct": distinct, "settings": settings, "samples": samples}
 
 
 def missed(scores: dict[str, float | None]) -> list[str]:
@@ -192,7 +196,7 @@ def _draw(pipe, measure, tasks, seed, drawing, callback) -> list[Sample]:
         if prompts[0] is None:
             pictures = pipe.reconstruct(given, scale=drawing["scale"], generator=generators)
         else:
-            pictures = pipe(prompts, images=given, generator=generators, **drawing).images
+            pictures = pipe(prompts, images=given, image_scale=drawing["scale"], generator=generators, **drawing).images
         for task, picture in zip(batch, pictures, strict=True):
             shown = scorer.read_scene(picture)
             samples.append(Sample(measure, task, picture, shown, task.is_right(shown)))
@@ -207,25 +211,33 @@ def _generator(seed, number):
 # What is scored apart
 
 
+def _outcome(sample):
+    """What the picture was asked for, or drawn from, and whether it is right."""
+    task = sample.task
+    return (world.wish_key(task.wish) if task.wish else task.given), sample.right
+
+
 def _by_novelty(samples):
     right = {"seen": [], "unseen": []}
     for sample in samples:
-        wish = sample.task.wish
-        in_training = world.belongs(wish, "train")
-        right["seen" if in_training else "unseen"].append(sample.right)
+        in_training = world.belongs(sample.task.wish, "train")
+        right["seen" if in_training else "unseen"].append(_outcome(sample))
     return right
 
 
 def _diversity(samples):
     right = {"diversity": [], "diversity_background": [], "diversity_color": []}
-    for _, of_one_prompt in groupby(samples, lambda sample: sample.task):
+    for task, of_one_prompt in groupby(samples, lambda sample: sample.task):
         scenes = [sample.shown for sample in of_one_prompt if sample.right]
+        if len(scenes) < 2:
+            continue
         layouts = [replace(world.recolor(scene, "red"), background="white") for scene in scenes]  # places alone
-        for i, layout in enumerate(layouts):
-            right["diversity"].append(not any(scorer.same_places(layout, earlier) for earlier in layouts[:i]))
-        right["diversity_background"].append(len({scene.background for scene in scenes}) > 1)
-        right["diversity_color"].append(len({frozenset(scene.contents.items()) for scene in scenes}) > 1)
-    right["diversity"] = right["diversity"] or [False]  # nothing is right
+        for i, layout in enumerate(layouts[1:], 1):
+            elsewhere = not any(scorer.same_places(layout, earlier) for earlier in layouts[:i])
+            right["diversity"].append((task.prompt, elsewhere))
+        right["diversity_background"].append((task.prompt, len({scene.background for scene in scenes}) > 1))
+        contents = {frozenset(scene.contents.items()) for scene in scenes}
+        right["diversity_color"].append((task.prompt, len(contents) > 1))
     return right
 
 
@@ -244,12 +256,12 @@ def _open_tasks(split, seed):
 
 def evaluate_answers(pipe, count: int = 50, seed: int = 0, split: str = "test", scale: int = 1) -> dict[str, float]:
     """The scores of `evaluate` that take answers alone: no de-tokenizer is loaded."""
-    scores, _ = _shares(_understanding(pipe, count, seed, split, scale, callback=None))
+    scores, _, _ = _shares(_understanding(pipe, count, seed, split, scale, callback=None))
     return scores
 
 
 def _understanding(pipe, count, seed, split, scale, callback):
-    """For each kind of question whether each answer was right."""
+    """For each kind of question what was asked, and whether the answer was right."""
     asked = _questions(count, seed, split)
     right = {f"answers_{kind}": [] for kind in (*QUESTION_KINDS, "position")}
     for first in range(0, len(asked), BATCH):
@@ -257,8 +269,8 @@ def _understanding(pipe, count, seed, split, scale, callback):
         pictures = [world.render(scene) for scene, _, _, _ in batch]
         prompts = [question for _, _, question, _ in batch]
         given = pipe.generate_text(prompts, images=pictures, scale=scale, max_new_tokens=64)
-        for (_, kind, _, answer), text in zip(batch, given, strict=True):
-            right[f"answers_{kind}"].append(text.strip() == answer)
+        for (scene, kind, question, answer), text in zip(batch, given, strict=True):
+            right[f"answers_{kind}"].append(((scene, question), text.strip() == answer))
         report(callback, "understanding", first + len(batch), len(asked))
     return right
 
@@ -279,15 +291,37 @@ def _questions(count, seed, split):
 # Shares
 
 
-def _shares(right: dict[str, list[bool]]):
-    """Shares and means, and their standard errors."""
-    scores, errors = {}, {}
+def standard_error(outcomes: Sequence[tuple[Hashable, bool]]) -> float:
+    """
+    Of the share of what is right, for outcomes of which those of one wish, prompt or scene may be alike.
+
+    Such are a cluster: sqrt(G / (G - 1) * sum_g (right_g - p n_g)^2) / n, with `right_g` of `n_g` outcomes right in
+    each of G clusters. Where all are distinct it is sqrt(p (1 - p) / n), and of a single cluster that of one outcome.
+
+    Args:
+        outcomes (`Sequence[tuple[Hashable, bool]]`): What was asked, and whether it came out right.
+    """
+    clusters = {}
+    for asked, right in outcomes:
+        clusters.setdefault(asked, []).append(right)
+    n, groups = len(outcomes), len(clusters)
+    share = sum(right for _, right in outcomes) / n
+    if groups in (1, n):
+        return math.sqrt(share * (1 - share) / groups)
+    squares = sum((sum(cluster) - share * len(cluster)) ** 2 for cluster in clusters.values())
+    return math.sqrt(groups / (groups - 1) * squares) / n
+
+
+def _shares(right: dict[str, list[tuple[Hashable, bool]]]):
+    """Shares and means, their standard errors, and of how many distinct things that were asked the shares are."""
+    scores, errors, distinct = {}, {}, {}
     for name, outcomes in right.items():
         n = len(outcomes)
-        scores[name] = sum(outcomes) / n if n else None
-        errors[name] = math.sqrt(scores[name] * (1 - scores[name]) / n) if n else None
+        scores[name] = sum(right for _, right in outcomes) / n if n else None
+        errors[name] = standard_error(outcomes) if n else None
+        distinct[name] = len({asked for asked, _ in outcomes})
         for mean, parts in MEANS.items():
             if name == parts[-1]:
                 scores[mean] = sum(scores[part] for part in parts) / len(parts)
                 errors[mean] = math.hypot(*(errors[part] for part in parts)) / len(parts)
-    return scores, errors
+    return scores, errors, distinct

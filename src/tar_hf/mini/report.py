@@ -24,11 +24,14 @@ def write_report(result: dict, folder: str | Path):
 
 
 def flat(result: dict) -> dict:
-    """Each measure's score under its name, the standard error under `NAME_stderr`, and the settings."""
+    """
+    Each measure's score under its name, the standard error under `NAME_stderr`; by measure how many `distinct` wishes,
+    scenes or questions it is of; and the settings.
+    """
     scores = {}
     for name, score in result["scores"].items():
         scores |= {name: score, f"{name}_stderr": result["errors"][name]}
-    return {**scores, "settings": result["settings"]}
+    return {**scores, "distinct": result["distinct"], "settings": result["settings"]}
 
 
 def table(result: dict) -> str:

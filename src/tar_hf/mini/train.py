@@ -3,7 +3,8 @@
 A stage starts when those that it needs are done. On a CPU two run side by side: small models use one core well, and two
 barely better.
 
-The recipes lie in `recipes/`, and those of a run in its folder. This file imports nothing heavy: each stage does.
+The recipes lie in `recipes/`, and those of a run in its folder, where one may put others before. This file imports
+nothing heavy: each stage does.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from tar_hf.mini.processes import Processes
 
 RECIPES = Path(__file__).parent / "recipes"
 GATES_FILE = "gates.json"
+STARTED = "started-with"  # folder of a run with a file for each stage: what its recipes said when it began
 RESULT = "tar-mini"  # the folder with the whole system
 DIFFUSION_RESULT = "tar-mini-diffusion"  # that with the other de-tokenizer
 TICK = 30.0  # seconds between notes of the time that a stage has taken, which a killed process leaves behind
@@ -46,17 +48,23 @@ class Stage:
     Args:
         purpose (`str`): What it makes.
         needs (`tuple[str]`): The stages that have to be done before.
+        makes (`tuple[str]`): Its files and folders in the folder of the run.
         run (`Callable[[MiniRecipe], None]`): Does the work, in the folder of the run, or goes on with it.
         advice (`str`): What to do about a score that is too low.
+        recipes (`tuple[str]`): What it reads beside `mini.yaml`.
+        settings (`tuple[str]`): What it takes from `mini.yaml` beside the seed, and cannot change when it goes on.
     """
 
     purpose: str
     needs: tuple[str, ...]
+    makes: tuple[str, ...]
     run: Callable
     advice: str = (
         "train longer: raise training.max_steps in {recipe} and give the command again, which goes on from the last "
         "checkpoint"
     )
+    recipes: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
 
 
 def train_mini(
@@ -69,11 +77,13 @@ def train_mini(
 ) -> Path:
     """
     Trains tar-mini. A call that was killed goes on when it is given again; a stage that has passed its gate is left as
-    it is.
+    it is. Without its entry in `gates.json` it is run anew, and when it has passed, what was made from it before is
+    removed and made anew too.
 
     Args:
         output (`str` or `Path`): Folder of the run: recipes, data, one folder for each part, `gates.json` with the
-            scores, and in the end `tar-mini`, the repository of the system.
+            scores, and in the end `tar-mini`, the repository of the system. Recipes that are there are taken as they
+            are.
         smoke (`bool`, *optional*, defaults to `False`): Tiny models that learn nothing, to see that all stages run.
         only (`Sequence[str]`, *optional*): Some stages, of `STAGES` and `DIFFUSION_STAGES`. By default all of `STAGES`.
         callback (*optional*): Called with the stage, "started", "passed" or "passed before", and what `gates.json` says
@@ -90,29 +100,30 @@ def train_mini(
         `GateError`: a stage whose scores are too low.
         `StageError`: a stage that failed otherwise, or needs another one first.
         `ValueError`: `jobs` below 1, or unknown stages.
-        `RecipeError`: a folder that was made with other recipes.
+        `RecipeError`: a recipe that cannot be run, or that says something else than when a stage began with it.
     """
     jobs = default_jobs() if jobs is None else jobs
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     output, names = Path(output).resolve(), _in_order(only, diffusion)
     copy_recipes(output, smoke, not DIFFUSION_STAGES.keys().isdisjoint(names))
+    _mini_recipe(output)  # what is wrong with it is told before anything starts
     gates, waiting = _gates(output), []
+    anew = {name for name in names if not gates.get(name, {}).get("passed")}
     for name in names:
-        entry = gates.get(name, {})
-        if entry.get("passed"):
-            _report(callback, name, "passed before", entry)
+        if anew.isdisjoint({name, *_all_needs(name)}):
+            _report(callback, name, "passed before", gates[name])
         else:
             waiting.append(name)
     with Processes(name_lines=jobs > 1) as processes:
         while waiting or processes.names:
             pending = processes.names.union(waiting)
-            ready = [name for name in waiting if pending.isdisjoint(ALL_STAGES[name].needs)]
+            ready = [name for name in waiting if pending.isdisjoint(_all_needs(name))]
             ready = ready[: jobs - len(processes.names)]
             alone = len(processes.names) + len(ready) == 1
             for name in ready:
                 waiting.remove(name)
-                _report(callback, name, "started", gates.get(name, {}))
+                _report(callback, name, "started", _begin(output, name))
                 processes.start(name, _command(output, name, smoke), None if alone else _threads(jobs))
             name, status = processes.wait()
             entry = _gates(output).get(name, {})
@@ -138,7 +149,8 @@ def run_stage(output: str | Path, name: str, smoke: bool = False, callback: Prog
     """
     Runs one stage in this process, with `output` as the working directory, and its gate.
 
-    Returns what `gates.json` says of it; raises as `train_mini` does. `callback` hears of one that passed before.
+    Returns what `gates.json` says of it; raises as `train_mini` does. `callback` hears of one that "passed before", and
+    when it passes of each later stage whose results, made from what it was, are "removed".
     """
     output, stage = Path(output).resolve(), ALL_STAGES[name]
     copy_recipes(output, smoke, name in DIFFUSION_STAGES)
@@ -150,7 +162,8 @@ def run_stage(output: str | Path, name: str, smoke: bool = False, callback: Prog
         raise StageError(f"stage {name} needs {', '.join(missing)}, not done yet in {output}: run that first")
 
     recipe = _mini_recipe(output)
-    _note(output, name, lambda entry: {"seconds": entry.get("seconds", 0.0)})  # an earlier score says nothing any more
+    _begin(output, name)
+    _keep_settings(output, name, smoke)
     with _timed(output, name), _working_in(output):
         stage.run(recipe)
         from tar_hf.mini.gates import PROBES, needs, reached
@@ -159,9 +172,14 @@ def run_stage(output: str | Path, name: str, smoke: bool = False, callback: Prog
     needed = recipe.gates[name]
     passed = all(reached(measure, scores[measure], value) for measure, value in needed.items())
     needed = {measure: needs(measure, value) for measure, value in needed.items()}
-    entry = _note(output, name, lambda entry: {**scores, "needed": needed, "passed": passed, **entry})
+    stale = _made_from(output, name) if passed else []
+    for later in stale:  # before their entries: a call that is killed here does so again
+        _remove(output, later)
+    entry = _note(output, name, lambda entry: {**scores, "needed": needed, "passed": passed, **entry}, without=stale)
     if not passed:
         raise GateError(_failure(output, name, entry))
+    for later in stale:
+        _report(callback, later, "removed", {})
     return entry
 
 
@@ -170,43 +188,103 @@ def run_stage(output: str | Path, name: str, smoke: bool = False, callback: Prog
 
 def copy_recipes(output: Path, smoke: bool = False, diffusion: bool = False):
     """
-    Copies the recipes into the folder of a run, with or without those of `DIFFUSION_STAGES`. Raises a `RecipeError`
-    where it has others already.
+    Copies those recipes into the folder of a run that it lacks, with or without those of `DIFFUSION_STAGES`.
 
-    `training` may differ: that is how a stage is made longer.
+    What it has is taken as it is, until a stage has begun with it. Then `training` may differ, by which a stage is made
+    longer, and in `mini.yaml` what no stage that has begun has made anything of: gates, probes, `bfloat16`. Raises a
+    `RecipeError` where something else does.
     """
     from tar_hf.training.recipe import RecipeError
 
     output.mkdir(parents=True, exist_ok=True)
+    notes = {file: _read_yaml(file) for file in sorted((output / STARTED).glob("*.yaml"))}
+    for started in notes.values():
+        if started["smoke"] != smoke:
+            how = "with" if started["smoke"] else "without"
+            raise RecipeError(f"{output} was started {how} --smoke: go on {how} it, or choose another folder")
     source = RECIPES / "smoke" if smoke else RECIPES
-    files = [*source.glob("*.yaml"), *((source / "diffusion").glob("*.yaml") if diffusion else ())]
-    copies = {file: output / file.name for file in sorted(files)}
-    for file, copy in copies.items():
-        if copy.exists() and (key := _difference(copy, file)) is not None:
-            raise RecipeError(
-                f"{copy} says something else about {key} than this package's {file.relative_to(RECIPES.parent)}: go on "
-                "with what the folder was made with, or choose another folder"
-            )
-    for file, copy in copies.items():
+    for file in sorted([*source.glob("*.yaml"), *((source / "diffusion").glob("*.yaml") if diffusion else ())]):
+        copy = output / file.name
         if not copy.exists():
             with _new_file(copy) as unfinished:
                 shutil.copyfile(file, unfinished)
+    for note, started in notes.items():
+        for name, now in _settings(output, note.stem).items():
+            if (key := _difference(now, started[name])) is not None:
+                raise RecipeError(
+                    f"{output / name} says something else about {key} than when stage {note.stem} began: set it back "
+                    f"to what {note} says, or choose another folder"
+                )
+
+
+def _settings(output, name) -> dict[str, dict]:
+    """What the recipes say of what a stage makes: all but how long it is trained, and what is measured."""
+    stage = ALL_STAGES[name]
+    mini = _read_yaml(output / "mini.yaml")
+    settings = {"mini.yaml": {key: mini.get(key) for key in ("seed", *stage.settings)}}
+    for file in (f"{recipe}.yaml" for recipe in stage.recipes):
+        settings[file] = {key: value for key, value in _read_yaml(output / file).items() if key != "training"}
+    return settings
+
+
+def _keep_settings(output, name, smoke):
+    import yaml
+
+    folder = output / STARTED
+    folder.mkdir(exist_ok=True)
+    with _new_file(folder / f"{name}.yaml") as unfinished:
+        text = yaml.safe_dump({"smoke": smoke, **_settings(output, name)}, sort_keys=False)
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def _difference(one, other):
-    """The first key of two recipes that differs, `training` aside."""
+    """The first key of which two recipes say different things."""
+    return next((key for key in [*other, *one] if one.get(key) != other.get(key)), None)
+
+
+def _read_yaml(file) -> dict:
     import yaml
 
-    one, other = (yaml.safe_load(file.read_text(encoding="utf-8")) or {} for file in (one, other))
-    keys = (key for key in [*other, *one] if key != "training" and one.get(key) != other.get(key))
-    return next(keys, None)
+    from tar_hf.training.recipe import RecipeError, one_line
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{file} is not YAML: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{file} must hold keys and values, got {type(content).__name__}")
+    return content
+
+
+def _all_needs(name) -> set[str]:
+    """The stages that have to be done before, and before these."""
+    needs = ALL_STAGES[name].needs
+    return set(needs).union(*map(_all_needs, needs))
+
+
+def _made_from(output, name) -> list[str]:
+    """The stages that have begun with what a stage made before."""
+    begun = _gates(output).keys() | {file.stem for file in (output / STARTED).glob("*.yaml")}
+    return [later for later in ALL_STAGES if later in begun and name in _all_needs(later)]
+
+
+def _remove(output, name):
+    """All that a stage has made."""
+    for path in (output / made for made in (*ALL_STAGES[name].makes, f"{STARTED}/{name}.yaml")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _mini_recipe(output):
     from tar_hf.mini.gates import MiniRecipe
-    from tar_hf.training.recipe import load_recipe
+    from tar_hf.training.recipe import RecipeError, load_recipe
 
-    return load_recipe(MiniRecipe, output / "mini.yaml")
+    try:
+        return load_recipe(MiniRecipe, output / "mini.yaml")
+    except RecipeError as error:
+        raise RecipeError(f"{output / 'mini.yaml'}: {error}") from None
 
 
 def _gates(output) -> dict[str, dict]:
@@ -214,12 +292,17 @@ def _gates(output) -> dict[str, dict]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def _note(output, name, change: Callable[[dict], dict]) -> dict:
-    """Changes what `gates.json` says of a stage, while no other process does."""
+def _begin(output, name) -> dict:
+    """An earlier score says nothing any more."""
+    return _note(output, name, lambda entry: {"seconds": entry.get("seconds", 0.0)})
+
+
+def _note(output, name, change: Callable[[dict], dict], without: Sequence[str] = ()) -> dict:
+    """Changes what `gates.json` says of a stage, and forgets others, while no other process does."""
     with FileLock(output / f".{GATES_FILE}.lock"):
         gates = _gates(output)
         gates[name] = change(gates.get(name, {}))
-        gates = {stage: gates[stage] for stage in ALL_STAGES if stage in gates}
+        gates = {stage: gates[stage] for stage in ALL_STAGES if stage in gates and stage not in without}
         with _new_file(output / GATES_FILE) as unfinished:
             unfinished.write_text(json.dumps(gates, indent=2) + "\n", encoding="utf-8")
     return gates[name]
@@ -334,8 +417,13 @@ def _train(name, module, kind, recipe):
 
 def _train_vq(recipe):
     """On crops first: most of what there is to learn, for a quarter of a picture's price."""
-    for name in ("vq-crops", "vq"):
-        _train(name, "tar_hf.training.vq", "VQRecipe", recipe)
+    from tar_hf.training.trainer import last_checkpoint
+
+    before = last_checkpoint("vq-crops")
+    _train("vq-crops", "tar_hf.training.vq", "VQRecipe", recipe)
+    if last_checkpoint("vq-crops") != before:
+        shutil.rmtree("vq", ignore_errors=True)  # it goes on from shorter training on crops
+    _train("vq", "tar_hf.training.vq", "VQRecipe", recipe)
 
 
 def _make_codes(recipe):
@@ -418,33 +506,41 @@ def _assemble_diffusion(recipe):
 
 def _trained(name, purpose, *needs, module=None, kind):
     module = module or f"tar_hf.training.{name.replace('-', '_')}"
-    return Stage(purpose, needs, partial(_train, name, module, kind))
+    return Stage(purpose, needs, (name,), partial(_train, name, module, kind), recipes=(name,))
 
 
 STAGES = {
     "data": Stage(
         "pictures with captions, conversations",
         (),
+        ("pictures.parquet", "pictures-validation.parquet", "conversations.parquet"),
         _make_data,
         "world, scorer or file has changed since it was drawn: remove {output}/*.parquet and give the command again",
+        settings=("pictures", "validation_pictures", "conversations"),
     ),
     "language": _trained("language", "a text model", module="tar_hf.mini.language", kind="LanguageRecipe"),
-    "vq": Stage("the VQ autoencoder", ("data",), _train_vq),
+    "vq": Stage("the VQ autoencoder", ("data",), ("vq-crops", "vq"), _train_vq, recipes=("vq-crops", "vq")),
     "teacher": _trained("teacher", "a SigLIP", "data", "language", kind="TeacherRecipe"),
     "ta-tok": _trained("ta-tok", "the image tokenizer", "data", "language", "teacher", kind="TATokRecipe"),
     "codes": Stage(
         "all pictures as codes and VQ tokens",
         ("data", "vq", "ta-tok"),
+        ("codes",),
         _make_codes,
         "{output}/codes/*/part-*.bad.jsonl says why rows were left out",
+        settings=("scales",),
     ),
     "ar-detok": _trained("ar-detok", "the de-tokenizer", "vq", "ta-tok", "codes", kind="ARDeTokRecipe"),
     "llm": _trained("llm", "the language model", "language", "ta-tok", "codes", kind="LLMRecipe"),
     "drawings": Stage(
         "the system's own drawings, and whether they are right",
         ("ta-tok", "ar-detok", "llm"),
+        ("drawings",),
         _make_drawings,
-        "train ar-detok or llm longer, in another folder: too few drawings are right to learn from",
+        "too few drawings are right to learn from, so train ar-detok or llm longer: raise training.max_steps in "
+        "{output}/ar-detok.yaml or {output}/llm.yaml, delete that stage's entry in {output}/gates.json, and give the "
+        "command again",
+        settings=("drawings",),
     ),
     "reflect": _trained(
         "reflect",
@@ -456,8 +552,10 @@ STAGES = {
     "assemble": Stage(
         "the repository of the whole system",
         ("ta-tok", "ar-detok", "reflect"),
+        (RESULT,),
         _assemble,
-        "name more parts under bfloat16 in mini.yaml, or make smaller models, in another folder",
+        "name more parts under bfloat16 in {output}/mini.yaml and give the command again; or make smaller models, by "
+        "recipes of your own in another folder",
     ),
 }
 
@@ -467,8 +565,11 @@ DIFFUSION_STAGES = {
     "latents": Stage(
         "all pictures as codes and latents",
         ("data", "ta-tok", "dc-ae"),
+        ("latents",),
         _make_latents,
         "{output}/latents/part-*.bad.jsonl says why rows were left out",
+        recipes=("diffusion-detok",),
+        settings=("scales",),
     ),
     "diffusion-detok": _trained(
         "diffusion-detok", "the diffusion de-tokenizer", "ta-tok", "dc-ae", "latents", kind="DiffusionDeTokRecipe"
@@ -476,8 +577,9 @@ DIFFUSION_STAGES = {
     "assemble-diffusion": Stage(
         "its repository",
         ("diffusion-detok",),
+        (DIFFUSION_RESULT,),
         _assemble_diffusion,
-        "make a smaller transformer or autoencoder, in another folder",
+        "make a smaller transformer or autoencoder, by recipes of your own in another folder",
     ),
 }
 ALL_STAGES = STAGES | DIFFUSION_STAGES

@@ -419,7 +419,10 @@ def scene_key(scene: Scene) -> str:
 
 
 def wish_key(wish: Wish) -> str:
-    """The combination that a wish is about: every wording of it belongs to one split."""
+    """
+    The combination that a wish is about, its canvas or that it names none included: every wording of it belongs to one
+    split. The same things on another canvas are another combination, and so are `a left of b` and `b right of a`.
+    """
     return f"{sorted(wish.groups, key=str)} {wish.relation and wish.groups} {wish.relation} {wish.background}"
 
 
@@ -429,7 +432,8 @@ def samples(split: str, seed: int = 0, kind: str | None = None) -> Iterator[tupl
 
     Args:
         split (`str`): `train`, `validation` or `test`. The sets of prompts do not overlap, nor do those of scenes, and
-            combinations of words that one split is about are asked for in no wording of another.
+            combinations ([`wish_key`]) of several groups of things that one split asks for, no other does in any
+            wording.
         seed (`int`, *optional*, defaults to `0`): Of the stream.
         kind (`str`, *optional*): One of `KINDS`, or `MIXED`. By default all of `KINDS`.
     """
