@@ -3,9 +3,11 @@
 import importlib
 import subprocess
 import sys
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 import tar_hf
 
@@ -35,9 +37,19 @@ def test_dir_is_sorted_and_complete():
     assert dir(tar_hf) == sorted({*dir(tar_hf)}) and {*tar_hf.__all__} <= {*dir(tar_hf)}
 
 
-def test_python_3_10_is_enough():
-    """The oldest that `setup.cfg` allows; tests run on one version only."""
-    folder = Path(tar_hf.__file__).parent
-    command = [Path(sys.executable).with_name("vermin"), "-t=3.10-", "--no-tips", "--exclude", "long", "-v", folder]
+@pytest.fixture(scope="module")
+def oldest():
+    """The oldest Python that may install the package; tests run on one version only."""
+    return metadata("tar-hf")["Requires-Python"].removeprefix(">=")
+
+
+def test_the_oldest_python_is_enough(oldest):
+    vermin, folder = Path(sys.executable).with_name("vermin"), Path(tar_hf.__file__).parent
+    command = [vermin, f"-t={oldest}-", "--no-tips", "--exclude", "long", "-v", folder]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("name", ["torch", "transformers", "diffusers", "accelerate", "huggingface_hub"])
+def test_the_oldest_python_has_what_we_need(oldest, name):
+    assert oldest in SpecifierSet(metadata(name)["Requires-Python"])

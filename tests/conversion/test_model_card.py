@@ -68,6 +68,8 @@ def test_a_published_card_names_the_repository(repos):
     named = name_repository(card, "user/x")
     assert named.count('from_pretrained("user/x"') == 2 and named.replace('"user/x"', '"repo"') == card
     assert name_repository(named, "other/y") == named, "an id is what somebody meant"
+    note = '\nBetter than `AutoModel.from_pretrained("gpt2")`.\n'
+    assert name_repository(card + note, "user/x") == named + note
     foreign = '## Use\n\nmodel = AutoModel.from_pretrained("gpt2")\n'
     assert name_repository(foreign, "user/x") == foreign
 

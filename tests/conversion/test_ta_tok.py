@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -246,9 +247,13 @@ def test_scaling_goes_to_the_processor(convert):
         model["sd"]["scale_layer.shift"] = torch.tensor([0.125, 0.25, 0.5]).view(1, 3, 1, 1)
         model["sd"]["scale_layer.scale"] = torch.tensor([0.75, 1.0, 1.25]).view(1, 3, 1, 1)
 
-    processor = TATokImageProcessor.from_pretrained(convert(change)[0])
+    repo = convert(change)[0]
+    processor = TATokImageProcessor.from_pretrained(repo)
     assert (*processor.image_mean, *processor.image_std) == (0.125, 0.25, 0.5, 0.75, 1.0, 1.25)
     assert (processor.size["height"], processor.size["width"]) == (224, 224)
+    pixels = processor(Image.new("RGB", (30, 30), "white"), return_tensors="pt").pixel_values
+    assert pixels.max() > 1
+    TATokModel.from_pretrained(repo).encode(pixels)
 
 
 def test_a_default_scale_is_noted(convert):

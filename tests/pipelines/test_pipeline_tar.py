@@ -205,6 +205,8 @@ def test_one_in_one_out(pipe, picture):
     assert pipe.encode([picture, picture], scale=2).shape == (2, 169)
     assert len(pipe.reconstruct([picture], scale=3)) == 1
     assert len(pipe.reconstruct(TWO, scale=3)) == 2
+    assert len(pipe.reconstruct(TWO[:1], scale=3)) == 1
+    assert pipe.reconstruct(TWO[0], scale=3).size == (64, 64)
 
 
 def test_images_in_prompts(pipe, picture):
@@ -263,6 +265,12 @@ def test_text_holds_no_visual_tokens(pipe, picture):
     assert not any("<I" in text or "<S" in text for text in texts)
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": texts[0]}]
     assert isinstance(pipe.chat([*turns, turns[0]], max_new_tokens=4), str)
+
+
+@pytest.mark.parametrize("generator", [7, 0, [7]])
+def test_a_generator_is_no_seed(pipe, generator):
+    with pytest.raises(TypeError, match="a generator is a torch.Generator or a list of them, got"):
+        pipe("a cat", scale=3, generator=generator)
 
 
 def test_callback_sees_every_stage_and_interrupts(pipe, picture):

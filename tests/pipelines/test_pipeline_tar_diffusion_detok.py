@@ -520,6 +520,7 @@ class TestErrors:
             ({"num_inference_steps": 4, "timesteps": [1]}, "at most one of"),
             ({"num_inference_steps": None, "sigmas": [1.0], "timesteps": [1]}, "at most one of"),
             ({"num_inference_steps": None, "sigmas": [1.0]}, "DPMSolverMultistepScheduler takes no sigmas"),
+            ({"num_inference_steps": None, "timesteps": [900]}, "takes num_inference_steps and no timesteps"),
             ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
             ({"generator": [seeded()] * 2}, r"one per image \(1\), got a list of 2"),
             ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents must have the shape \(1, 4, 16, 16\), got \(1, 4, 8, 8\)"),
@@ -536,6 +537,10 @@ class TestErrors:
         finally:
             hook.remove()
         assert not ran
+
+    def test_pixels_that_are_no_numbers(self, pipe):
+        with pytest.raises(ValueError, match="the pixels are not finite in torch.float32: the features or weights"):
+            pipe(features=torch.full((1, 81, 48), torch.nan), num_inference_steps=1)
 
     def test_missing_parts(self, loaded):
         bare = TarDiffusionDeTokPipeline(loaded.transformer, loaded.vae, loaded.scheduler)

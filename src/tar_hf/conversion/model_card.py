@@ -89,15 +89,16 @@ def write_model_card(
 
 def name_repository(card: str, repository: str) -> str:
     """
-    A card whose Python loads `repository` in place of the folder that the card was made for.
+    A card whose Python, below "Use", loads `repository` in place of the folder that the card was made for.
 
     Names with a slash stay, and so does a card that `write_model_card` did not write.
     """
-    text, heading, usage = card.partition("\n## Use\n")
-    if OURS not in text:
+    used = re.search(r"\n## Use\n\n```python\n(.*?)```", card, re.DOTALL)
+    if OURS not in card or used is None:
         return card
     quoted = json.dumps(repository, ensure_ascii=False)
-    return text + heading + re.sub(r'(from_pretrained\(|model=)"[^"/]+"', lambda found: found[1] + quoted, usage)
+    usage = re.sub(r'(from_pretrained\(|model=)"[^"/]+"', lambda found: found[1] + quoted, used[1])
+    return card[: used.start(1)] + usage + card[used.end(1) :]
 
 
 def as_part(card: str) -> str:

@@ -7,7 +7,15 @@ import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import constants, create_branch, create_repo, metadata_load, repo_info, upload_folder
+from huggingface_hub import (
+    constants,
+    create_branch,
+    create_repo,
+    metadata_load,
+    repo_info,
+    upload_file,
+    upload_folder,
+)
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
@@ -17,6 +25,7 @@ from tar_hf.pipelines.tar_repository import PARTS, PARTS_FILE, read_parts
 
 METADATA = ("license", "library_name", "pipeline_tag")
 IGNORED = ("__pycache__", ".cache", ".git", "checkpoint-*", "runs")  # folders that are not uploaded
+CARD = "README.md"
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 TEMPORARY = {".bak", ".incomplete", ".lock", ".orig", ".part", ".swp", ".temp", ".tmp"}
 LARGEST_FILE = 100 * 2**20  # bytes of a file that is not weights: vocabularies have at most some 30 MB
@@ -48,9 +57,9 @@ def push_folder(
     """
     Makes a model repository on the Hub, where there is none yet, and uploads a folder to it.
 
-    Before any request, `check_folder` loads the folder, which **runs the Python code in it**. In a card that this
-    package wrote, the lines that load the folder by its name are changed to the repository's id, in the folder too.
-    Files that the repository has already, and the folder has not, stay.
+    Before any request, `check_folder` loads the folder, which **runs the Python code in it**. A card that this package
+    wrote shows how to load the folder by its name; what is uploaded, in a commit of its own, says the repository's id
+    there. Files that the repository has already, and the folder has not, stay.
 
     Args:
         folder (`str` or `Path`): What a converter or `tar-hf assemble` made, or another diffusers or Qwen2 folder.
@@ -107,7 +116,7 @@ def check_folder(folder: str | Path):
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
     parts = _parts(folder)
-    _check_card(folder / "README.md")
+    _check_card(folder / CARD)
     _check_files(folder)
     _check_loading(folder, parts)
 
@@ -221,17 +230,28 @@ def _upload(folder, repo_id, private=None, revision=None, token=None, commit_mes
             raise PublishError(f"{repo_id} exists and is {found}, {asked} was asked for: change it in its settings")
         if revision is not None and not revision.startswith("refs/"):  # a pull request has its branch already
             create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-        card = Path(folder, "README.md")
-        card.write_text(name_repository(card.read_text(), repo_id))
+        where = {"repo_id": repo_id, "token": token}
+        where["commit_message"] = commit_message or f"Upload with tar-hf {__version__}"
+        ignored = [pattern for name in IGNORED for pattern in (f"{name}/*", f"*/{name}/*")]
+        card = Path(folder, CARD).read_text(encoding="utf-8")
+        named = name_repository(card, repo_id)
         commit = upload_folder(
-            repo_id=repo_id,
             folder_path=folder,
             revision=revision,
-            token=token,
-            commit_message=commit_message or f"Upload with tar-hf {__version__}",
             create_pr=create_pr,
-            ignore_patterns=[pattern for name in IGNORED for pattern in (f"{name}/*", f"*/{name}/*")],
+            ignore_patterns=ignored if named == card else [*ignored, CARD],
+            **where,
         )
+        if named != card:
+            proposed = commit.pr_revision if create_pr else None
+            upload = upload_file(
+                path_or_fileobj=named.encode(),
+                path_in_repo=CARD,
+                revision=proposed or revision,
+                create_pr=create_pr and proposed is None,
+                **where,
+            )
+            commit = commit if proposed else upload
     except PublishError:
         raise
     except Exception as error:  # httpx2's, hf_xet's, or a RuntimeError around one of them

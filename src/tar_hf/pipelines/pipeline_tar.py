@@ -141,10 +141,11 @@ class TarPipeline(TarParts):
         return pixels.float().cpu()
 
     def reconstruct(self, image, scale: int = 1, callback: Callback | None = None, **kwargs):
-        """Image to codes to image; a list or batch gives a list. `kwargs` are those of `decode`."""
+        """Image to codes to image; a list, or a batch of 4 dimensions, gives a list. `kwargs` are those of `decode`."""
         codes = self.encode(image, scale=scale, callback=callback)
         images = self.decode(codes, callback=callback, **kwargs)
-        return images if isinstance(image, list | tuple) or len(codes) > 1 else images[0]
+        several = isinstance(image, list | tuple) or getattr(image, "ndim", 3) == 4
+        return images if several else images[0]
 
     # Drawing
 

@@ -182,6 +182,9 @@ class TarDiffusionDeTokPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         for name, value in (("timesteps", timesteps), ("sigmas", sigmas)):
             if value is not None and name not in accepted:
                 raise ValueError(f"{type(self.scheduler).__name__} takes no {name}: use another scheduler")
+        if timesteps is not None and self.scheduler.config.get("use_flow_sigmas"):
+            # The library's own then fail on them.
+            raise ValueError("with use_flow_sigmas a scheduler takes num_inference_steps and no timesteps")
 
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
@@ -362,6 +365,11 @@ class TarDiffusionDeTokPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         else:
             images = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
             images = self.vae.decode(images, return_dict=False)[0]
+            if not images.isfinite().all():
+                raise ValueError(
+                    f"the pixels are not finite in {images.dtype}: the features or weights are broken or overflow it; "
+                    "bfloat16 and float32 do not as float16 does"
+                )
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -147,11 +147,12 @@ def visual_logits(model, vocabulary, ids, mask, positions, cache, last: int) -> 
     inputs |= {"past_key_values": cache, "use_cache": cache is not None}
     head, config = model.get_output_embeddings(), model.config
     first, end = vocabulary.first_code_id, vocabulary.vocab_size
-    plain = type(head) is nn.Linear and not hasattr(head, "_hf_hook")  # accelerate's, where weights are elsewhere
-    if not plain or any(getattr(config, name, None) for name in LOGIT_SETTINGS):
+    # Weights that accelerate holds elsewhere come when the layer itself is called.
+    there = type(head) is nn.Linear and head.weight.device == ids.device
+    if not there or any(getattr(config, name, None) for name in LOGIT_SETTINGS):
         outputs = model(**inputs, logits_to_keep=last)
         return outputs.logits[..., first:end].float()
-    hidden = model.get_decoder()(**inputs).last_hidden_state[:, -last:]
+    hidden = model.get_decoder()(**inputs).last_hidden_state[:, -last:].to(ids.device)
     bias = None if head.bias is None else head.bias[first:end]
     return F.linear(hidden, head.weight[first:end], bias).float()
 

@@ -18,6 +18,9 @@ class Interrupted(RuntimeError):
 
 def make_generators(generator, count) -> list[torch.Generator]:
     """One generator for each sample. A single one seeds them where there are several; none means fresh entropy."""
+    for given in generator if isinstance(generator, list | tuple) else [generator]:
+        if not isinstance(given, torch.Generator) and generator is not None:
+            raise TypeError(f"a generator is a torch.Generator or a list of them, got {generator!r}")
     if isinstance(generator, list | tuple):
         if len(generator) != count:
             raise ValueError(f"expected one generator for each of {count} samples, got {len(generator)}")
