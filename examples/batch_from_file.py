@@ -10,6 +10,8 @@ import torch
 
 from tar_hf import TarPipeline
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -17,11 +19,12 @@ def main():
     parser.add_argument("--model", required=True, help="a Tar repository: folder or Hub id")
     parser.add_argument("--scale", type=int, default=1, help="1, 2 or 3: finer to coarser codes")
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--device", default=DEVICE, help="such as cuda:1; default: a CUDA GPU, or else the CPU")
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder for the pictures")
     arguments = parser.parse_args()
 
     prompts = [line for line in arguments.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    pipe = TarPipeline.from_pretrained(arguments.model)
+    pipe = TarPipeline.from_pretrained(arguments.model, device_map=arguments.device)
     arguments.output.mkdir(parents=True, exist_ok=True)
     for first in range(0, len(prompts), arguments.batch_size):
         batch = prompts[first : first + arguments.batch_size]

@@ -12,6 +12,8 @@ from PIL import Image
 
 from tar_hf import TarPipeline
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -21,10 +23,11 @@ def main():
     parser.add_argument("--scale", type=int, default=1, help="of the drawn picture, 1, 2 or 3: finer to coarser codes")
     parser.add_argument("--image-scale", type=int, default=1, help="of the given pictures")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default=DEVICE, help="such as cuda:1; default: a CUDA GPU, or else the CPU")
     parser.add_argument("--output", type=Path, default=Path("edited.png"))
     arguments = parser.parse_args()
 
-    pipe = TarPipeline.from_pretrained(arguments.model)
+    pipe = TarPipeline.from_pretrained(arguments.model, device_map=arguments.device)
     output = pipe(
         arguments.prompt,
         images=[Image.open(image) for image in arguments.images],

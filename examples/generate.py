@@ -10,6 +10,8 @@ import torch
 
 from tar_hf import TarPipeline
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -17,10 +19,11 @@ def main():
     parser.add_argument("--model", required=True, help="a Tar repository: folder or Hub id")
     parser.add_argument("--scale", type=int, default=1, help="1, 2 or 3: finer to coarser codes")
     parser.add_argument("--num-images", type=int, default=2)
+    parser.add_argument("--device", default=DEVICE, help="such as cuda:1; default: a CUDA GPU, or else the CPU")
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder for the pictures")
     arguments = parser.parse_args()
 
-    pipe = TarPipeline.from_pretrained(arguments.model)
+    pipe = TarPipeline.from_pretrained(arguments.model, device_map=arguments.device)
     seeds = range(arguments.num_images)
     output = pipe(
         arguments.prompt,

@@ -3,7 +3,8 @@
     python examples/reconstruct.py                                   # with small reference checkpoints
     python examples/reconstruct.py photo.jpg --ta-tok ta_tok.pth --ar-detok ar_dtok_lp_256px.pth --vqvae vq_ds16_t2i.pt
 
-The reference checkpoints have random weights, so what they draw is noise; the published ones draw the picture.
+The reference checkpoints have random weights, so what they draw is noise; the published ones draw the picture. What is
+made of the reference lies in out/reference, and of your own checkpoints in out/ta-tok and out/ar-detok.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from PIL import Image, ImageDraw
 from tar_hf import ARDeTokForCausalLM, TATokImageProcessor, TATokModel
 from tar_hf.conversion import convert_ar_detok, convert_ta_tok
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REFERENCE = Path(__file__).parents[1] / "tests" / "golden" / "published"
 
 
@@ -27,32 +29,37 @@ def main():
     parser.add_argument("--vqvae", type=Path, help="vq_ds16_t2i.pt")
     parser.add_argument("--scale", type=int, default=1, help="1, 2 or 3: finer to coarser codes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default=DEVICE, help="such as cuda:1; default: a CUDA GPU, or else the CPU")
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder for the repositories and the picture")
     arguments = parser.parse_args()
 
     sources = {"ta_tok": arguments.ta_tok, "ar_detok": arguments.ar_detok, "vqvae": arguments.vqvae}
-    vision_config = None
+    folder, vision_config = arguments.output, None
     if not any(sources.values()):
-        sources = unpack_reference(arguments.output / "reference")
-        vision_config = REFERENCE / "vision_config"
+        folder = arguments.output / "reference"
+        sources, vision_config = unpack_reference(folder), REFERENCE / "vision_config"
     elif not all(sources.values()):
         parser.error("pass --ta-tok, --ar-detok and --vqvae together")
 
-    ta_tok_repo, detokenizer_repo = arguments.output / "ta-tok", arguments.output / "ar-detok"
+    ta_tok_repo, detokenizer_repo = folder / "ta-tok", folder / "ar-detok"
+    for repo in (ta_tok_repo, detokenizer_repo):
+        if arguments.ta_tok and repo.exists():
+            parser.error(f"{repo} exists, perhaps of other checkpoints: remove it or choose another --output")
     if not ta_tok_repo.exists():
         print(convert_ta_tok(sources["ta_tok"], ta_tok_repo, vision_config=vision_config))
     if not detokenizer_repo.exists():
         print(convert_ar_detok(sources["ar_detok"], detokenizer_repo, vqvae=sources["vqvae"]))
 
     processor = TATokImageProcessor.from_pretrained(ta_tok_repo)
-    ta_tok = TATokModel.from_pretrained(ta_tok_repo).eval()
-    detokenizer = ARDeTokForCausalLM.from_pretrained(detokenizer_repo).eval()
+    ta_tok = TATokModel.from_pretrained(ta_tok_repo, device_map=arguments.device).eval()
+    detokenizer = ARDeTokForCausalLM.from_pretrained(detokenizer_repo, device_map=arguments.device).eval()
     picture = Image.open(arguments.image) if arguments.image else red_circle()
     with torch.inference_mode():
-        codes = ta_tok.encode(processor(picture, return_tensors="pt").pixel_values, scale=arguments.scale)
+        values = processor(picture, return_tensors="pt").pixel_values.to(arguments.device)
+        codes = ta_tok.encode(values, scale=arguments.scale)
         print(f"codes {tuple(codes.shape)}: {codes[0, :8].tolist()} ...")
         pixels = detokenizer.detokenize(ta_tok.decode(codes), generator=torch.Generator().manual_seed(arguments.seed))
-    drawn = Image.fromarray((pixels[0] * 255).to(torch.uint8).permute(1, 2, 0).numpy())
+    drawn = Image.fromarray((pixels[0] * 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy())
     drawn.save(arguments.output / "reconstruction.png")
     print(f"{arguments.output / 'reconstruction.png'}, {drawn.width} x {drawn.height}")
 

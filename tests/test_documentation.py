@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -130,16 +131,32 @@ def test_example_reconstruct(tmp_path, monkeypatch, capsys):
         assert "codes (1, 81)" in capsys.readouterr().out
     with Image.open(tmp_path / "out" / "reconstruction.png") as picture:
         assert picture.size == (128, 128) and picture.mode == "RGB"
+    reference = tmp_path / "out" / "reference"
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"reference", "reconstruction.png"}
+    assert (reference / "ta-tok").is_dir() and (reference / "ar-detok").is_dir()
+
+
+@pytest.mark.parametrize("name", ["ta-tok", "ar-detok"])
+def test_example_reconstruct_takes_no_other_checkpoints_than_those_given(name, tmp_path, monkeypatch, capsys):
+    (tmp_path / name).mkdir()
+    sources = ["--ta-tok", "a.pth", "--ar-detok", "b.pth", "--vqvae", "c.pt"]
+    monkeypatch.setattr(sys, "argv", ["reconstruct", "--output", str(tmp_path), *sources])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(ROOT / "examples" / "reconstruct.py", run_name="__main__")
+    assert f"{tmp_path / name} exists, perhaps of other checkpoints: remove it" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_serving_runs(tar_repo, ar_detok_repo, tmp_path, monkeypatch):
-    """Every Python block of docs/serving.md in turn."""
+    """Every Python block of docs/serving.md in turn, on the CPU where there is no GPU."""
     (tmp_path / "tar").symlink_to(tar_repo)
     (tmp_path / "ar-detok").symlink_to(ar_detok_repo())
     monkeypatch.chdir(tmp_path)
     names = {}
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL):
+    text = (ROOT / "docs" / "serving.md").read_text()
+    assert text.count('device_map="cuda"') >= 2
+    text = text if torch.cuda.is_available() else text.replace('"cuda"', '"cpu"')
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(compile(block, "serving.md", "exec"), names)
     assert [picture.size for picture in names["pictures"]] == [(64, 64)] * 2
     assert names["pipe"]("a cat", scale=3).images[0].size == (64, 64)

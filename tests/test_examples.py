@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from tar_hf import TarPipeline
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -34,13 +36,27 @@ def test_generate(example):
 
 def test_describe(example):
     printed = example("describe", "photo.jpg", "--max-new-tokens", 4)
-    assert printed[::2] == ["Describe the image shortly.", "Which colours are in it?"] and len(printed) == 4
+    assert printed[::2] == ["Describe the image shortly.", "Which colors are in it?"] and len(printed) == 4
     assert example("describe", "photo.jpg", "Is it red?", "--max-new-tokens", 4)[0] == "Is it red?"
+
+
+def test_describe_asks_in_one_conversation(example, monkeypatch):
+    asked = []
+
+    def chat(self, messages, **options):
+        asked.append([(message["role"], message["content"]) for message in messages])
+        return f"answer {len(asked)}"
+
+    monkeypatch.setattr(TarPipeline, "chat", chat)
+    assert example("describe", "photo.jpg", "What?", "Why?") == ["What?", "  answer 1", "Why?", "  answer 2"]
+    (_, first), answer, (_, second) = asked[1]
+    assert [part["type"] for part in first] == ["image", "text"] and asked[0] == [("user", first)]
+    assert answer == ("assistant", "answer 1") and second == [{"type": "text", "text": "Why?"}]
 
 
 def test_edit(example):
     prompt = "The animal of <image> in the style of <image>"
-    assert example("edit", prompt, "photo.jpg", "photo.jpg", "--image-scale", 3) == ["edited.png"]
+    assert example("edit", prompt, "photo.jpg", "photo.jpg", "--image-scale", 3, "--device", "cpu") == ["edited.png"]
     assert Image.open("edited.png").size == (64, 64)
 
 

@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 
 from tar_hf import __version__
-from tar_hf.cli.main import main
+from tar_hf.cli.describe import QUESTION
+from tar_hf.cli.main import build_parser, main
 
 
 def seconds(*arguments, runs=5):
@@ -64,6 +66,41 @@ def test_wrong_usage(capsys, arguments):
         main(arguments)
     assert caught.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("tar-hf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "read"),
+    [
+        (["describe", "x.png", "--scale", "1", "Red?"], {"image": Path("x.png"), "question": "Red?", "scale": 1}),
+        (["describe", "--scale", "1", "x.png"], {"image": Path("x.png"), "question": QUESTION}),
+        (["train", "llm", "llm-lora", "a=1", "--show", "b=2"], {"recipe": "llm-lora", "overrides": ["a=1", "b=2"]}),
+        (["generate", "a", "-o", "o.png", "b", "--seed", "3", "c"], {"prompts": ["a", "b", "c"], "seed": 3}),
+        (["generate", "-o", "o.png", "--", "-a", "--b"], {"prompts": ["-a", "--b"]}),
+        (["convert", "llm", "in", "--base-model", "x", "out"], {"source": Path("in"), "output": Path("out")}),
+        (["evaluate", "mini", "--seed", "2"], {"seed": 2}),
+    ],
+)
+def test_positionals_may_stand_behind_options(arguments, read):
+    given = vars(build_parser().parse_args(arguments))
+    assert {name: given[name] for name in read} == read
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command", "error"),
+    [
+        (["describe", "x.png", "--colour", "1", "What?"], "describe", "unrecognized arguments: --colour 1 What?"),
+        (["describe", "x.png", "What?", "--scale", "1", "more"], "describe", "unrecognized arguments: more"),
+        (["describe", "--scale", "1"], "describe", "the following arguments are required: IMAGE"),
+        (["convert", "llm", "a", "--no", "b"], "convert llm", "unrecognized arguments: --no"),
+        (["generate", "-o", "o.png", "--no", "--", "-a"], "generate", "unrecognized arguments: --no"),
+    ],
+)
+def test_errors_show_the_usage_of_the_command(capsys, arguments, command, error):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    printed = capsys.readouterr().err
+    assert caught.value.code == 2 and printed.startswith(f"usage: tar-hf {command} [-h]")
+    assert printed.splitlines()[-1] == f"tar-hf {command}: error: {error}"
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_wrong_input(run, rows, ta_tok_repo, tar_repo, tmp_path, capsys):
         assert (status, printed) == (2, []) and errors[-1].startswith("tar-hf: error: ")
         return errors[-1]
 
-    assert "at least one of ta_tok, ar_detok" in fails()
+    assert "at least one of --model, --ta-tok, --ar-detok and --diffusion-detok, got none: --model tar-mini" in fails()
     assert "--model names a TA-Tok already" in fails("--ta-tok", ta_tok_repo(), model=tar_repo)
     assert "must be a Tar repository" in fails(model=ta_tok_repo())
     assert "--device cuda:99 cannot be used here" in fails("--ta-tok", ta_tok_repo(), "--device", "cuda:99")

@@ -13,12 +13,33 @@ from tar_hf.cli import assemble, codes, convert, describe, evaluate, generate, m
 CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A command's parser: positional arguments may stand behind options too, and errors show the command's usage."""
+
+    _reading = False
+
+    def parse_known_args(self, args, namespace=None):
+        # argparse cannot do so where a positional is a command, and calls this method where it can.
+        if self._subparsers is not None or self._reading:
+            return super().parse_known_args(args, namespace)
+        plain = "--" in args  # which intermixing may lose
+        read = super().parse_known_args if plain else self.parse_known_intermixed_args
+        self._reading = True
+        try:
+            namespace, unknown = read(args, namespace)
+        finally:
+            self._reading = False
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tar-hf", description="Tar: images as a dialect of language, on Hugging Face."
     )
     parser.add_argument("--version", action="version", version=f"tar-hf {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
     generate.add_parser(commands)
     describe.add_parser(commands)
     codes.add_parsers(commands)

@@ -17,7 +17,7 @@ def add_parser(commands):
     )
     parser.add_argument("source", metavar="SOURCE", help="the rows: file, folder or Hub id, as a recipe names sources")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder to make or to finish")
-    parser.add_argument("--model", metavar="REPO", help="Tar repository, for the codes of its TA-Tok")
+    parser.add_argument("--model", metavar="REPO", help="Tar repository, or tar-mini, for the codes of its TA-Tok")
     parser.add_argument("--ta-tok", metavar="REPO", help="TA-Tok repository, for its codes")
     parser.add_argument(
         "--scales", type=int, choices=(1, 2, 3), nargs="+", help="of the codes; default: all that TA-Tok has"
@@ -44,6 +44,11 @@ def add_parser(commands):
 def _run(arguments):
     if arguments.model is not None and arguments.ta_tok is not None:
         raise ValueError("--model names a TA-Tok already: leave out --ta-tok")
+    if not any((arguments.model, arguments.ta_tok, arguments.ar_detok, arguments.diffusion_detok)):
+        raise ValueError(
+            "expected at least one of --model, --ta-tok, --ar-detok and --diffusion-detok, got none: --model tar-mini "
+            "is the small model in the package"
+        )
     try:
         from tar_hf.training.pretokenize import pretokenize
     except ModuleNotFoundError as error:
