@@ -93,10 +93,11 @@ def test_a_killed_run_goes_on(make, kill):
     for name, weight in unbroken.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], weight, atol=1e-6, rtol=0)
 
-    factor = resumed.model.config.scaling_factor
+    factor = unbroken.model.config.scaling_factor
+    assert resumed.model.config.scaling_factor == pytest.approx(factor, rel=1e-5)
     nothing_left = build(make())
     run(nothing_left)
-    assert nothing_left.model.config.scaling_factor == factor
+    assert nothing_left.model.config.scaling_factor == pytest.approx(factor, rel=1e-5)
 
 
 def test_crops_are_taken_from_pictures_at_their_own_size(make):

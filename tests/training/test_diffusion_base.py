@@ -3,9 +3,11 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from huggingface_hub import metadata_load
 from safetensors.torch import save_file
 
 from tar_hf import TarDiffusionDeTokPipeline, TATokImageProcessor, TATokModel
+from tar_hf.mini import shipped_folder, tar_mini_folder
 from tar_hf.modeling.modeling_negative_condition import NegativeCondition
 from tar_hf.training import diffusion_detok as stage
 from tar_hf.training.recipe import RecipeError
@@ -32,6 +34,18 @@ def test_a_base_of_another_kind_is_refused(sana_recipe, text_sana):
 
 
 # A SANA that reads text
+
+
+def test_the_shipped_de_tokenizer_as_a_base(sana_recipe, sana_pictures, tmp_path):
+    ta_tok, source = tar_mini_folder() / "ta_tok", f"data.sources=[{{path: {sana_pictures / 'rows.jsonl'}}}]"
+    built = [
+        stage.build(sana_recipe(f"model.base={base}", f"model.ta_tok={ta_tok}", source, max_steps=1))
+        for base in ("tar-mini-diffusion", shipped_folder("tar-mini-diffusion"))
+    ]
+    weights, expected = (trainer.model.state_dict() for trainer in built)
+    assert any("negative" in name for name in weights) and weights.keys() == expected.keys()
+    assert all(weight.equal(expected[name]) for name, weight in weights.items())
+    assert "base_model" not in metadata_load(stage.run(built[0]) / "README.md")
 
 
 def test_a_text_sana_gets_a_new_projection(sana_recipe, text_sana):

@@ -21,7 +21,7 @@ RUNS = {
     "lora": ("llm", "lora={r: 8, alpha: 16}"),
 }
 RESUMED = ("diffusion-detok", "lora")  # a whole model and an adapter
-ROUNDED = ("ta-tok", "diffusion-detok")  # those with most frozen parts beside what is trained
+ROUNDED = ("ta-tok", "diffusion-detok", "llm")  # those with most frozen parts, and the one with none
 
 
 def config(stage):

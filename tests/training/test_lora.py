@@ -1,13 +1,15 @@
 """Adapters of the golden language model: trained, saved, loaded again, merged."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from huggingface_hub import metadata_load
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2ForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2ForCausalLM
 
 from tar_hf import TarPipeline, VisualVocabulary
 from tar_hf.training.conversations import ConversationTokenizer, to_dataset
@@ -209,6 +211,48 @@ def test_a_bfloat16_base_with_checkpointing_and_packing(llm_recipe, tmp_path):
     assert dtypes["base_model.model.model.norm.weight"] == torch.bfloat16
     run(trainer)
     assert len(logged(tmp_path / "out")) == 3
+
+
+def test_adapters_that_do_not_fit_or_are_incomplete(llm_recipe, tar_repo, tmp_path):
+    adapter = train(llm_recipe("out", "lora={r: 2}", max_steps=1))
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+
+    def refused(message, base=None):
+        with pytest.raises(ValueError, match=f"out does not fit .*: {message}"):
+            merge_adapter(adapter, tmp_path / "merged", base=base)
+        assert not (tmp_path / "merged").exists()
+
+    shorter = Qwen2ForCausalLM.from_pretrained(tar_repo, num_hidden_layers=1, layer_types=["full_attention"])
+    shorter.save_pretrained(tmp_path / "shorter")
+    AutoTokenizer.from_pretrained(tar_repo).save_pretrained(tmp_path / "shorter")
+    refused(r"the base has no place for 14 of its tensors, such as .*\.layers\.1\.", tmp_path / "shorter")
+    for part in ("embed_tokens", "layers.1"):
+        kept = {name: weight for name, weight in weights.items() if part not in name}
+        save_file(kept, file)
+        lacking = len(weights) - len(kept)
+        refused(rf"{lacking} of {len(weights)} tensors are missing, such as .*{re.escape(part)}\.")
+    save_file({**weights, "base_model.model.x.lora_A.weight": torch.zeros(2, 2)}, file)
+    refused("the base has no place for 1 of its tensors, such as .*x.lora_A")
+    save_file(weights, file)
+    merge_adapter(adapter, tmp_path / "merged")
+
+
+def test_the_shipped_system_as_a_base(llm_recipe, tmp_path):
+    """tar-mini, by its name, and its own parts beside what is trained."""
+    rows = tmp_path / "rows.jsonl"
+    write = {"conversations": [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "A red circle."}]}
+    rows.write_text(json.dumps(write))
+    source = f"data.sources=[{{path: {rows}}}]"
+    adapter = train(llm_recipe("out", "lora={r: 2}", source, base="tar-mini", max_steps=1))
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "tar-mini"
+    for i, base in enumerate((None, "tar-mini")):
+        merge_adapter(adapter, tmp_path / f"merged{i}", base=base)
+    whole = train(llm_recipe("whole", source, base="tar-mini", max_steps=1))
+    assert load_recipe(LLMRecipe, whole / "recipe.yaml").model.base == "tar-mini"
+    for folder in (tmp_path / "merged0", tmp_path / "merged1", whole):
+        assert (folder / "ta_tok").is_dir() and (folder / "detokenizer").is_dir()
+        assert "base_model" not in metadata_load(folder / "README.md")
 
 
 def test_what_cannot_be_merged(tar_repo, tmp_path):

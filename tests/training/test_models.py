@@ -87,7 +87,8 @@ def test_rows_of_another_model_are_refused(tmp_path):
 
     check(own, own / "*.parquet", own / "part.parquet", plain, "some/dataset", evaluated=[own])
     check(plain, model=lambda: pytest.fail("nothing to compare with"))
-    for paths in ([other], [own, other / "*.parquet"], [other / "part.parquet"]):
+    both = tmp_path / "o*" / "part*.parquet"
+    for paths in ([other], [own, other / "*.parquet"], [other / "part.parquet"], [both]):
         with pytest.raises(
             RecipeError, match="holds codes that some/ta-tok made, with other weights than .* my/ta-tok"
         ):

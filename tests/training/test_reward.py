@@ -1,15 +1,16 @@
 """The reward stage on the golden system: what is rewarded becomes likelier, and runs resume."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from tar_hf import TarPipeline
+from tar_hf import TarDiffusionDeTokPipeline, TarPipeline
 from tar_hf.training import reward as stage
 from tar_hf.training.recipe import RecipeError, load_recipe
-from tar_hf.training.reward import DrawingTask, RewardRecipe, build, group_advantages, train
+from tar_hf.training.reward import DrawingTask, RewardRecipe, build, group_advantages, load_tasks, train
 from tar_hf.training.trainer import run
 
 SCALE = 3
@@ -151,13 +152,37 @@ def test_a_model_that_chooses_by_default_is_trained_on_all_that_it_draws(reward_
         (["weight=0"], "weight must be above 0"),
         (["lora={}"], "leave lora out"),
         (["tasks=drawing_tasks"], "tasks must be module:function"),
-        (["tasks=no_such_module:tasks"], "no_such_module"),
+        (
+            ["tasks=no_such_module:tasks"],
+            "no_such_module.* modules are those of the working folder, .*, and",
+        ),
         (["tasks=tar_hf.mini.rewards:nothing"], "nothing"),
     ],
 )
 def test_recipes_that_do_not_fit(reward_recipe, overrides, message):
     with pytest.raises(RecipeError, match=message):
         build(reward_recipe("out", *overrides))
+
+
+def test_tasks_of_the_working_folder(tmp_path, monkeypatch):
+    """Which the console script's path lacks."""
+    (tmp_path / "tasks_of_ones_own.py").write_text("def tasks(seed):\n    yield seed\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.setitem(sys.modules, "tasks_of_ones_own", None)  # restored: it is gone after the test
+    del sys.modules["tasks_of_ones_own"]
+    assert next(load_tasks("tasks_of_ones_own:tasks")("7")) == "7"
+    load_tasks("tasks_of_ones_own:tasks")
+    assert sys.path.count(str(tmp_path)) == 1
+
+
+def test_the_shipped_system_draws(reward_recipe, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    talk = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "A red circle."}]
+    rows.write_text(json.dumps({"conversations": talk}))
+    names = ["model.base=tar-mini", "model.detokenizer=tar-mini-diffusion", f"data.sources=[{{path: {rows}}}]"]
+    pipe = build(reward_recipe("out", *names)).pipe
+    assert isinstance(pipe.detokenizer, TarDiffusionDeTokPipeline) and pipe.decoder is not None
 
 
 def test_several_processes_are_refused(reward_recipe, monkeypatch):

@@ -11,9 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tar_hf.training.mixture import Mixture
+from tar_hf.training.pretokenize import pretokenize
 from tar_hf.training.recipe import DataRecipe, RecipeError, SourceRecipe, load_recipe
-from tar_hf.training.rows import BadRow, open_image, read_images, read_row
+from tar_hf.training.rows import BadRow, open_image, read_images, read_row, stored_images
 from tar_hf.training.sources import arrow_row, load, open_source, plain_row
+from tar_hf.training.streaming import open_stream
 
 TALK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
 
@@ -166,18 +169,38 @@ def test_patterns_and_folders_of_files(tmp_path):
         assert [rows[i]["text"] for i in range(len(rows))] == ["0", "1"]
 
 
-def test_a_pattern_over_several_folders_has_no_folder_of_its_own(tmp_path):
+def test_a_pattern_over_several_folders_has_no_folder_of_its_own(ta_tok_repo, tmp_path):
     """The picture of one would be taken for that of another: both are called 0.png."""
     for name, shade_of_red in (("a", 10), ("b", 11)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.png").write_bytes(png(shade_of_red))
         write_lines(tmp_path / name / "rows.jsonl", [{"image": "0.png"}])
     pattern = str(tmp_path / "*" / "rows.jsonl")
-    for opened in (open_source, streamed_source):
-        with pytest.raises(RecipeError, match="finds files in 2 folders, such as .*a and .*b: say with image_folder"):
-            opened(SourceRecipe(pattern))
+    message = r"rows.jsonl finds files in 2 folders, such as .*a and .*b, and a row .* 0.png: say with image_folder"
+    arguments = (DataRecipe([SourceRecipe(pattern)]), lambda row, draw: row)
+    with pytest.raises(RecipeError, match=message):
+        open_stream(*arguments, reader=read_images)
+    with pytest.raises(RecipeError, match=message):  # at the start
+        Mixture([open_source(SourceRecipe(pattern))], arguments[1], 1, reader=read_images)
+    with pytest.raises(RecipeError, match=message):
+        pretokenize(SourceRecipe(pattern), tmp_path / "codes", ta_tok=ta_tok_repo(), device="cpu")
     assert shades(open_source(SourceRecipe(pattern, image_folder=str(tmp_path / "b")))) == [[11], [11]]
     assert shades(open_source(SourceRecipe(str(tmp_path / "[b]" / "*.jsonl")))) == [[11]]
+
+
+def test_a_pattern_over_several_folders_needs_none_for_other_rows(tmp_path, monkeypatch):
+    (tmp_path / "there.png").write_bytes(png(12))
+    rows = {"a": [{"image": [png(10)]}], "b": [{"image": [png(11)]}, {"text": "alone"}, {"image": [b""], "text": "x"}]}
+    for name, table in rows.items():
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.Table.from_pylist(table), tmp_path / name / "part.parquet")
+        write_lines(tmp_path / name / "rows.jsonl", [{"image": str(tmp_path / "there.png")}])
+    source = open_source(SourceRecipe(str(tmp_path / "*" / "part.parquet")))
+    assert [shade(source.rows[i], source.folder) for i in range(2)] == [[10], [11]]
+    assert stored_images(source.rows[2], source.folder) == []
+    with pytest.raises(BadRow, match="image must be a path"):
+        stored_images(source.rows[3], source.folder)
+    assert shades(open_source(SourceRecipe(str(tmp_path / "*" / "rows.jsonl")))) == [[12], [12]]
 
 
 def test_a_folder_drops_no_files(tmp_path):

@@ -449,6 +449,11 @@ def test_models_of_another_kind(parts, recipe):
             ta_tok.build(recipe("out", *f"model.{override}".split()))
 
 
+def test_the_shipped_language_model_has_words():
+    rows, codebook = ta_tok.llm_codebook("tar-mini", 8)
+    assert rows.shape[0] == len(set(codebook["tokens"])) == 8 and codebook["llm"] == "tar-mini"
+
+
 def test_more_codes_than_words(recipe):
     with pytest.raises(ValueError, match=r"codes in 1\.\.64, .*\(72 in the table, 8 of them excluded\), got 65"):
         ta_tok.build(recipe("out", "model.codebook_size=65"))

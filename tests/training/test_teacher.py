@@ -1,6 +1,7 @@
 """The teacher stage: pictures find their captions, patches those of their places, and can be drawn from features."""
 
 import io
+import json
 import random
 
 import pyarrow.parquet as pq
@@ -81,6 +82,10 @@ def test_a_batch_is_learnt_and_teaches(make, tmp_path):
         ),
         ("text_config.xyz=3", "model.text_config.xyz is no field of SiglipTextConfig$"),
         (
+            "vision_config.model_type=clip_vision_model",
+            "model.vision_config.model_type must be siglip_vision_model, got clip_vision_model",
+        ),
+        (
             "vision_config.hidden_size=wide",
             "model.vision_config, model.text_config: .*'hidden_size' expected int, got str",
         ),
@@ -96,6 +101,22 @@ def test_sizes_that_are_not_said_are_the_librarys(make):
     config = build(make(overrides=[f"model.vision_config={sizes}"])).model.config
     assert config.vision_config.hidden_size == config.text_config.projection_size == 768
     assert config.vision_config.image_size == 48 and config.text_config.max_position_embeddings == 64
+
+
+def test_configurations_are_taken_as_siglip_writes_them(make, tmp_path):
+    recipe = make()
+    config = build(recipe).model.config
+    config.save_pretrained(tmp_path / "siglip")
+    written = json.loads((tmp_path / "siglip" / "config.json").read_text())
+    kinds = {"dtype": "bfloat16", "torch_dtype": "bfloat16"}  # as for weights that were rounded
+    parts = {name: {**written[name], **kinds} for name in ("vision_config", "text_config")}
+    assert "model_type" in parts["vision_config"]
+    copied = make(overrides=[f"model.{name}={json.dumps(part)}" for name, part in parts.items()])
+    model = build(copied).model
+    for name in parts:
+        before, after = (getattr(made, name).to_dict() for made in (config, model.config))
+        assert {**before, "dtype": None} == {**after, "dtype": None}
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
 def test_rows_without_picture_or_caption_are_bad():

@@ -162,6 +162,24 @@ def test_another_global_batch_does_not_go_on(make, tmp_path):
     training.run(make(per_device_train_batch_size=2))
 
 
+def test_a_finished_run_has_nothing_to_go_on_with(make, tmp_path):
+    training.run(make(save_only_model=True))
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    batch = {"per_device_train_batch_size": 2}
+    for options in ({"save_only_model": True}, {}, batch, {"max_steps": 5}):
+        again = make(**options)
+        training.run(again)
+        assert not hasattr(again, "seen") and (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+    training.run(make("whole"))
+    training.run(make("whole", **batch))
+    with pytest.raises(RecipeError, match="checkpoint-6 was trained with global_batch=4, and now it is 2"):
+        training.run(make("whole", max_steps=7, **batch))
+    other = make()
+    other.recipe.seed = 1
+    with pytest.raises(RecipeError, match="seed=0, and this recipe says 1"):
+        training.run(other)
+
+
 def test_a_stream_goes_on_with_the_same_readers(make):
     data = {"streaming": True, "shuffle_buffer": 1}
     training.run(make(data=data, max_steps=3))
@@ -179,6 +197,7 @@ def test_a_stream_goes_on_with_the_same_readers(make):
         ({"save_steps": 4}, [4, 6]),  # the end is saved too
         ({"save_strategy": "no"}, [6]),
         ({"save_strategy": "epoch"}, [6]),
+        ({"save_steps": 0, "logging_steps": 2}, [6]),
         ({"save_strategy": "no", "eval_steps": 2}, [2, 4, 6]),
         ({"eval_strategy": "no"}, []),
         ({"eval_strategy": "steps", "eval_steps": 5}, [5, 6]),

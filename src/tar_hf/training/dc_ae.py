@@ -120,6 +120,8 @@ class DCAETrainer(TarTrainer):
         saved = AutoencoderDC.from_pretrained(resume_from_checkpoint, torch_dtype=torch.float32)
         model.load_state_dict(saved.state_dict())
         model.register_to_config(scaling_factor=saved.config.scaling_factor)
+        # The factor is all that a checkpoint keeps of the average, which goes on.
+        self._mean_square = torch.tensor(saved.config.scaling_factor**-2, device=self.args.device)
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)

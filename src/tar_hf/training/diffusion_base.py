@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tar_hf.conversion.diffusion_detok import read_negative_condition
 from tar_hf.modeling.modeling_negative_condition import NegativeCondition
 from tar_hf.modeling.modeling_ta_tok import TATokConfig
+from tar_hf.pipelines.tar_repository import named_model
 from tar_hf.training.models import check_sana
 from tar_hf.training.recipe import RecipeError, one_line
 
@@ -30,6 +31,7 @@ FLOW_SHIFT = 3.0  # of the published pipelines' scheduler
 
 def load_base(base: str | Path) -> tuple[SanaTransformer2DModel, AutoencoderDC, SchedulerMixin]:
     """Transformer and VAE in float32, and the scheduler, of a `SanaPipeline` or a `TarDiffusionDeTokPipeline`."""
+    base = named_model(base)
     name = (check_sana("model.base", base).get("scheduler") or (None, None))[1]
     scheduler_class = getattr(diffusers, str(name), None)
     if scheduler_class is None:
@@ -133,8 +135,9 @@ def _negative_features(model) -> torch.Tensor | None:
     """The negative condition (n, C) that the recipe names, or the base's own, or `None`."""
     source = model.negative_condition
     if source is None and model.base is not None:
-        has_one = (DiffusionPipeline.load_config(model.base).get("negative_condition") or (None,))[0] is not None
-        source = model.base if has_one else None
+        base = named_model(model.base)
+        has_one = (DiffusionPipeline.load_config(base).get("negative_condition") or (None,))[0] is not None
+        source = base if has_one else None
     if source is None:
         return None
     if Path(source).suffix == ".safetensors":

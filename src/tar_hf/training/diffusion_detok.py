@@ -33,6 +33,7 @@ from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
 from tar_hf.modeling.modeling_negative_condition import NegativeCondition
 from tar_hf.modeling.modeling_ta_tok import TATokConfig, TATokModel
 from tar_hf.pipelines.pipeline_tar_diffusion_detok import TarDiffusionDeTokPipeline, add_places
+from tar_hf.pipelines.tar_repository import named_model
 from tar_hf.training.diffusion_base import (
     fit_condition,
     fit_image_size,
@@ -70,7 +71,7 @@ class DiffusionDeTokModelRecipe:
 
     Args:
         base (`str`, *optional*): Folder or Hub id of a diffusers `SanaPipeline`, whose text encoder is not read, or of
-            a `TarDiffusionDeTokPipeline`.
+            a `TarDiffusionDeTokPipeline`, or "tar-mini-diffusion".
         config (`dict`, *optional*): Fields of `SanaTransformer2DModel`, for a new one instead of `base`. Channels,
             widths of the condition and the size of the latents follow from the other parts. With a new one go
             `trainable: all` and `image_size`, and it draws with the published pipelines' scheduler.
@@ -509,7 +510,7 @@ def build(recipe: DiffusionDeTokRecipe) -> DiffusionDeTokTrainer:
             )
     else:
         transformer, vae, noise_scheduler = load_base(recipe.model.base)
-        settings = DiffusionPipeline.load_config(recipe.model.base)
+        settings = DiffusionPipeline.load_config(named_model(recipe.model.base))
     fit_condition(transformer, ta_tok.hidden_size, recipe)
     side = fit_image_size(transformer, vae, recipe.model.image_size)
     negative_condition = make_negative_condition(recipe, ta_tok)
@@ -590,7 +591,7 @@ def _write_card(folder, pipeline, recipe):
             "scheduler": type(pipeline.scheduler).__name__,
         },
         pipeline_tag="image-to-image",
-        base_model=None if base is None or Path(base).exists() else base,
+        base_model=None if base is None or Path(named_model(base)).exists() else base,
         tags=("image-detokenizer",),
         library_name="diffusers",
     )

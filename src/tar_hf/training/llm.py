@@ -18,6 +18,7 @@ from tar_hf.conversion.llm import write_llm_card
 from tar_hf.conversion.output import new_folder
 from tar_hf.modeling.modeling_ta_tok import TATokModel
 from tar_hf.modeling.visual_vocabulary import IMAGE_START, VisualVocabulary
+from tar_hf.pipelines.tar_repository import named_model
 from tar_hf.training.conversations import IGNORED, ConversationTokenizer, PackingCollator, PaddingCollator
 from tar_hf.training.lora import LoRARecipe, add_lora, hub_id, load_base, load_tokenizer
 from tar_hf.training.models import check_kind, check_made_with
@@ -36,8 +37,8 @@ class LLMModelRecipe:
     What is trained.
 
     Args:
-        base (`str`): Folder or Hub id of a language model: one with visual tokens is trained further, another gets
-            them. Of a whole Tar repository the other parts go into the trained one too.
+        base (`str`): Folder or Hub id of a language model, or "tar-mini": one with visual tokens is trained further,
+            another gets them. Of a whole Tar repository the other parts go into the trained one too.
         ta_tok (`str`, *optional*): Folder or Hub id of the TA-Tok that the rows were tokenised with. A base without
             visual tokens needs it, for the number of codes and for `init="codebook"`.
         init (`str`, *optional*): What the new rows of the embeddings start as: `codebook` (the default), `mean` or
@@ -246,7 +247,7 @@ def train(recipe: LLMRecipe) -> Path:
     trainer = build(recipe)
     output = run(trainer)
     if recipe.lora is None and trainer.is_world_process_zero():
-        copy_parts(recipe.model.base, output)
+        copy_parts(named_model(recipe.model.base), output)
     return output
 
 
@@ -312,7 +313,7 @@ def _load_codebook(ta_tok):
 
 def _check_codes(recipe):
     """Raises a `RecipeError` for rows whose codes are those of another TA-Tok, as far as recipe and rows tell."""
-    own = Path(recipe.model.base, "ta_tok")
+    own = Path(named_model(recipe.model.base), "ta_tok")
     ta_tok = recipe.model.ta_tok or (str(own) if own.is_dir() else None)
     if ta_tok is not None:
         check_made_with(recipe.data, {"codebook_weights": (ta_tok, lambda: _load_codebook(ta_tok).quantizer)})

@@ -4,7 +4,15 @@ import dataclasses
 from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +27,7 @@ from tar_hf.conversion.assemble import copy_parts
 from tar_hf.conversion.llm import write_llm_card
 from tar_hf.conversion.output import new_folder
 from tar_hf.modeling.visual_vocabulary import VisualVocabulary
+from tar_hf.pipelines.tar_repository import named_model
 from tar_hf.training.recipe import RecipeError, one_line
 
 
@@ -93,21 +102,27 @@ def add_lora(model: PreTrainedModel, recipe: LoRARecipe, vocabulary: VisualVocab
 
 
 def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a language model. `ValueError` for a repository of another kind."""
+    """The tokenizer of a language model, by folder, Hub id or "tar-mini". `ValueError` for one of another kind."""
+    base = named_model(base)
     if find_adapter_config_file(str(base)) is not None:
         raise ValueError(f"{base} is an adapter: `tar-hf merge` puts it and its base together")
     return _load(AutoTokenizer, base)
 
 
 def load_base(base: str | Path, **options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A language model and its tokenizer; `options` are the model's. `ValueError` for a repository of another kind."""
+    """
+    A language model and its tokenizer, by folder, Hub id or "tar-mini"; `options` are the model's. `ValueError` for a
+    repository of another kind.
+    """
     tokenizer = load_tokenizer(base)
-    return _load(AutoModelForCausalLM, base, **options), tokenizer
+    model = _load(AutoModelForCausalLM, named_model(base), **options)
+    model.name_or_path = str(base)  # "tar-mini", and not where that lies on this machine
+    return model, tokenizer
 
 
 def hub_id(base: str) -> str | None:
-    """What a model card may name as its base: an id on the Hub, and no folder of this machine."""
-    return None if Path(base).is_dir() else base
+    """What a model card may name as its base: an id on the Hub, and no folder of this machine or model shipped here."""
+    return None if Path(named_model(base)).is_dir() else base
 
 
 def _load(kind, base, **options):
@@ -126,10 +141,12 @@ def merge_adapter(adapter: str | Path, output: str | Path, base: str | Path | No
     Args:
         adapter (`str` or `Path`): Folder or Hub id of the adapter.
         output (`str` or `Path`): Folder to make. It must not exist; it appears whole or not at all.
-        base (`str` or `Path`, *optional*): Folder or Hub id of its base. By default the one that the adapter names.
+        base (`str` or `Path`, *optional*): Folder or Hub id of its base, or "tar-mini". By default the one that the
+            adapter names.
 
     Raises:
-        `FileNotFoundError`, `FileExistsError`, and `ValueError` for a base that the adapter does not fit.
+        `FileNotFoundError`, `FileExistsError`, and `ValueError` for a base that the adapter does not fit, or an adapter
+        of which tensors are missing.
     """
     adapter = str(adapter)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -141,11 +158,12 @@ def merge_adapter(adapter: str | Path, output: str | Path, base: str | Path | No
         raise ValueError(f"{adapter} holds no adapter_config.json that can be read: {error}") from error
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise FileNotFoundError(f"the adapter's base {base} is not there: pass where it is now")
+    base = str(named_model(base))
     with new_folder(output) as folder:
         model, tokenizer = load_base(base)
         try:
             vocabulary = VisualVocabulary.from_tokenizer(tokenizer)
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+            model = _with_adapter(model, adapter).merge_and_unload()
         except (OSError, SafetensorError) as error:
             raise ValueError(f"the weights of {adapter} cannot be read: {error}") from error
         except (RuntimeError, IndexError, ValueError) as error:  # shapes, rows, names
@@ -158,3 +176,18 @@ def merge_adapter(adapter: str | Path, output: str | Path, base: str | Path | No
         name = Path(output).name
         write_llm_card(folder, name, model.config, vocabulary, base_model=hub_id(base))
         copy_parts(base, folder, name)
+
+
+def _with_adapter(model, adapter):
+    """The model with an adapter's weights. Peft itself leaves out a tensor without a place, and goes without others."""
+    config = PeftConfig.from_pretrained(adapter)
+    config.inference_mode = True
+    config.base_model_name_or_path = None  # it may be elsewhere now, which peft would warn of
+    model = get_peft_model(model, config)
+    weights = load_peft_weights(adapter, device="cpu")
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    if missing := sorted(expected - weights.keys()):
+        raise ValueError(f"{len(missing)} of {len(expected)} tensors are missing, such as {missing[0]}")
+    if surplus := sorted(set_peft_model_state_dict(model, weights).unexpected_keys):
+        raise ValueError(f"the base has no place for {len(surplus)} of its tensors, such as {surplus[0]}")
+    return model

@@ -19,7 +19,7 @@ import torch
 from torch import multiprocessing
 
 from tar_hf.training.recipe import RecipeError
-from tar_hf.training.rows import BadRow, Row, read_row
+from tar_hf.training.rows import BadRow, Row, SeveralFolders, read_row
 
 logger = logging.getLogger(__name__)
 
@@ -97,14 +97,14 @@ class Source:
         name (`str`): What log lines call it.
         rows (`Sequence[dict]`): The rows' columns, such as `tar_hf.training.sources.open_source` gives them.
         ratio (`float`): Share in the mixture, relative to the others'.
-        folder (`str`, *optional*): What relative picture paths start from.
+        folder (`str` or `SeveralFolders`, *optional*): What relative picture paths start from.
         task (`str`, *optional*): For rows of a picture and a caption.
     """
 
     name: str
     rows: Sequence[dict]
     ratio: float = 1.0
-    folder: str | None = None
+    folder: str | SeveralFolders | None = None
     task: str | None = None
 
     def __post_init__(self):

@@ -1,6 +1,7 @@
 """Checks that the image stages share: of the models and scales that a recipe names, and of rows made with others."""
 
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -103,22 +104,22 @@ def check_made_with(data: DataRecipe, models: dict[str, tuple[str, Callable[[], 
     """
     own = functools.cache(lambda key: fingerprint(models[key][1]()))
     for source in [*data.sources, *(data.eval_sources or [])]:
-        manifest = _manifest(Path(source.path))
-        for key in models.keys() & manifest.keys():
-            if manifest[key] != own(key):
-                what, maker = MADE_WITH[key]
-                raise RecipeError(
-                    f"{source.path} holds {what} that {manifest.get(maker)} made, with other weights than those of "
-                    f"{models[key][0]}: run `tar-hf pretokenize` with the same model"
-                )
+        for folder, manifest in _manifests(Path(source.path)):
+            for key in models.keys() & manifest.keys():
+                if manifest[key] != own(key):
+                    what, maker = MADE_WITH[key]
+                    raise RecipeError(
+                        f"{folder} holds {what} that {manifest.get(maker)} made, with other weights than those of "
+                        f"{models[key][0]}: run `tar-hf pretokenize` with the same model"
+                    )
 
 
-def _manifest(path):
-    """What `pretokenize` noted beside the files of a source; empty where there is nothing."""
-    file = (path if path.is_dir() else path.parent) / MANIFEST
-    if not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"{file} is no manifest of pre-tokenised rows: {error}") from None
+def _manifests(path):
+    """What `pretokenize` noted beside the files of a source, by folder: several where a pattern names them."""
+    folders = [path] if path.is_dir() else map(Path, sorted(glob.glob(str(path.parent), recursive=True)))
+    for folder in folders:
+        if (file := folder / MANIFEST).is_file():
+            try:
+                yield folder, dict(json.loads(file.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise RecipeError(f"{file} is no manifest of pre-tokenised rows: {error}") from None

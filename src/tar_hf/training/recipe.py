@@ -44,8 +44,8 @@ class SourceRecipe:
         ratio (`float`, *optional*, defaults to `1.0`): Share of this source in the mixture, relative to the others'.
         limit (`str`, *optional*): Which rows take part: `first:1000`, `end:1000`, `random:1000`, or percents such as
             `random:10%`. All by default.
-        image_folder (`str`, *optional*): What relative picture paths start from. By default the folder of the file; a
-            pattern that finds files in several folders needs it.
+        image_folder (`str`, *optional*): What relative picture paths start from. By default the folder of the file;
+            rows with such paths need it where a pattern finds files in several folders.
         task (`str`, *optional*): For rows of a picture and a caption instead of a conversation: `t2i`, draw the
             caption; `i2t`, describe the picture; `both`, either, half of the time.
         split (`str`, *optional*, defaults to `"train"`): Of a Hub data set.

@@ -8,6 +8,8 @@ steps, take the place of the penalty that ties the policy to a reference.
 
 import dataclasses
 import importlib
+import os
+import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -18,6 +20,7 @@ from PIL import Image
 
 from tar_hf.conversion.assemble import copy_parts
 from tar_hf.pipelines.pipeline_tar import TarPipeline
+from tar_hf.pipelines.tar_repository import named_model
 from tar_hf.training import llm
 from tar_hf.training.llm import LLMModelRecipe, LLMRecipe, LLMTrainer
 from tar_hf.training.recipe import RecipeError
@@ -47,9 +50,10 @@ class RewardModelRecipe(LLMModelRecipe):
     What is trained, and what turns its codes into pictures.
 
     Args:
-        base (`str`): Folder or Hub id of a language model with visual tokens, or of a whole Tar repository.
-        detokenizer (`str`, *optional*): Folder or Hub id of a de-tokenizer. By default the repository's own; so
-            `ta_tok`.
+        base (`str`): Folder or Hub id of a language model with visual tokens, or of a whole Tar repository, such as
+            "tar-mini".
+        detokenizer (`str`, *optional*): Folder or Hub id of a de-tokenizer, or "tar-mini-diffusion". By default the
+            repository's own; so `ta_tok`.
     """
 
     detokenizer: str | None = None
@@ -64,7 +68,7 @@ class RewardRecipe(LLMRecipe):
     Args:
         model (`RewardModelRecipe`): What is trained.
         tasks (`str`): `module:function` of a function that takes a seed, a string, and gives an endless iterator of
-            [`DrawingTask`].
+            [`DrawingTask`]. The module may be a file of the working folder.
         prompts (`int`, *optional*, defaults to `8`): Tasks a step.
         group_size (`int`, *optional*, defaults to `8`): Pictures of each task.
         scale (`int`, *optional*, defaults to `1`): Of the codes drawn.
@@ -106,7 +110,11 @@ class RewardTrainer(LLMTrainer):
         self.tasks = tasks
         parts = self.recipe.model
         self.pipe = TarPipeline.around(
-            self.model, self.processing_class, parts.base, ta_tok=parts.ta_tok, detokenizer=parts.detokenizer
+            self.model,
+            self.processing_class,
+            named_model(parts.base),
+            ta_tok=parts.ta_tok,
+            detokenizer=named_model(parts.detokenizer),
         ).to(self.args.device)
 
     def training_step(self, model, inputs, *args, **kwargs):
@@ -165,18 +173,27 @@ def build(recipe: RewardRecipe) -> RewardTrainer:
 
 
 def load_tasks(name: str) -> Callable[[str], Iterator[DrawingTask]]:
-    """The function that a recipe names as `module:function`."""
+    """
+    The function that a recipe names as `module:function`, of the working folder or installed. The working folder stays
+    on `sys.path`, for what the function imports later. `RecipeError` for what is not there.
+    """
     module, colon, function = name.partition(":")
     if not colon or not module or not function:
         raise RecipeError(f"tasks must be module:function, got {name!r}")
+    folder = os.getcwd()
+    if folder not in sys.path:  # first, as `python -m` has it, and a console script has not
+        sys.path.insert(0, folder)
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise RecipeError(f"tasks: {name} cannot be loaded: {error}") from error
+        raise RecipeError(
+            f"tasks: {name} cannot be loaded: {error}; modules are those of the working folder, {folder}, and those "
+            "that are installed"
+        ) from error
 
 
 def train(recipe: RewardRecipe) -> Path:
     """Trains, and gives the folder with the language model, or the whole Tar repository."""
     output = run(build(recipe))
-    copy_parts(recipe.model.base, output)
+    copy_parts(named_model(recipe.model.base), output)
     return output

@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
 from tar_hf.pipelines.tar_prompts import DESCRIBE, IMAGE
+from tar_hf.training.recipe import RecipeError
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TASKS = ("t2i", "i2t", "both")
@@ -32,6 +33,21 @@ SCALE_WEIGHTS = {1: 2, 2: 1, 3: 1}  # the original draws from 1, 1, 2, 3
 
 class BadRow(ValueError):
     """A row that cannot be used: counted, logged and skipped, up to a limit."""
+
+
+@dataclass(frozen=True)
+class SeveralFolders:
+    """
+    In the place of the folder that relative picture paths start from, for a source whose files lie in several: the
+    picture of one would be taken for that of another.
+
+    Args:
+        path (`str`): The source's.
+        folders (`tuple[str, ...]`): Where its files lie.
+    """
+
+    path: str
+    folders: tuple[str, ...]
 
 
 @dataclass
@@ -57,18 +73,21 @@ class Row:
         return max(len(self.images), len(self.codes), len(self.vq_ids), len(self.latents))
 
 
-def read_row(raw: dict, draw: random.Random, folder: str | Path | None = None, task: str | None = None) -> Row:
+def read_row(
+    raw: dict, draw: random.Random, folder: str | Path | SeveralFolders | None = None, task: str | None = None
+) -> Row:
     """
     One row of a source -> a `Row`.
 
     Args:
         raw (`dict`): The row's columns.
         draw (`random.Random`): Decides between what a row leaves open: long or short conversation, task.
-        folder (`str` or `Path`, *optional*): What relative picture paths start from.
+        folder (`str`, `Path` or `SeveralFolders`, *optional*): What relative picture paths start from.
         task (`str`, *optional*): For rows of a picture and a caption, see `SourceRecipe`.
 
     Raises:
         `BadRow`: a row in none of the known forms, or whose marks do not fit its images.
+        `RecipeError`: a relative picture path, where there are several folders.
     """
     row = _read_images(raw, folder)
     row.turns = _turns(raw, draw, task)
@@ -78,7 +97,9 @@ def read_row(raw: dict, draw: random.Random, folder: str | Path | None = None, t
     return row
 
 
-def read_images(raw: dict, draw: random.Random, folder: str | Path | None = None, task: str | None = None) -> Row:
+def read_images(
+    raw: dict, draw: random.Random, folder: str | Path | SeveralFolders | None = None, task: str | None = None
+) -> Row:
     """The images of a row alone, whatever conversation or caption goes with them. `BadRow` where there are none."""
     row = _read_images(raw, folder)
     if not row.num_images:
@@ -86,8 +107,12 @@ def read_images(raw: dict, draw: random.Random, folder: str | Path | None = None
     return row
 
 
-def stored_images(raw: dict, folder: str | Path | None = None) -> list[str | bytes | Image.Image]:
-    """What a row holds as pictures: paths, which may start from `folder`, or bytes. Empty for a row of text only."""
+def stored_images(raw: dict, folder: str | Path | SeveralFolders | None = None) -> list[str | bytes | Image.Image]:
+    """
+    What a row holds as pictures: paths, which may start from `folder`, or bytes. Empty for a row of text only.
+
+    Raises what `read_row` does.
+    """
     name, given = next(((name, raw[name]) for name in PICTURES if not _is_missing(raw.get(name))), (None, []))
     images = []
     for image in given if isinstance(given, list | tuple | np.ndarray) else [given]:
@@ -99,8 +124,22 @@ def stored_images(raw: dict, folder: str | Path | None = None) -> list[str | byt
             image = str(image)
         if not isinstance(image, str | bytes | Image.Image) or image in ("", b""):
             raise BadRow(f'{name} must be a path or {{"bytes": ...}}, or a list of those, got {image!r:.100}')
-        images.append(str(Path(folder) / image) if isinstance(image, str) and folder is not None else image)
+        images.append(_from_folder(image, folder) if isinstance(image, str) and folder is not None else image)
     return images
+
+
+def _from_folder(path, folder):
+    if not isinstance(folder, SeveralFolders):
+        return str(Path(folder) / path)
+    if Path(path).is_absolute():
+        return path
+    first, second, *_ = folder.folders
+    # No bad row: all others like it would be left out, one by one.
+    raise RecipeError(
+        f"{folder.path} finds files in {len(folder.folders)} folders, such as {first} and {second}, and a row has the "
+        f"relative picture path {path}: say with image_folder what such paths start from, or make each folder a source "
+        "of its own"
+    )
 
 
 def open_image(source: str | bytes | Image.Image) -> Image.Image:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tar_hf.training.mixture import Source
 from tar_hf.training.recipe import RecipeError, SourceRecipe, one_line
-from tar_hf.training.rows import TASKS, BadRow
+from tar_hf.training.rows import TASKS, BadRow, SeveralFolders
 
 SUFFIXES = (".parquet", ".json", ".jsonl")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -67,7 +67,9 @@ def open_source(recipe: SourceRecipe, seed: int = 0) -> Source:
     return Source(recipe.path, Rows(dataset), float(recipe.ratio), folder, recipe.task)
 
 
-def load(recipe: SourceRecipe, streaming: bool) -> tuple[datasets.Dataset | datasets.IterableDataset, str | None]:
+def load(
+    recipe: SourceRecipe, streaming: bool
+) -> tuple[datasets.Dataset | datasets.IterableDataset, str | SeveralFolders | None]:
     """The data set of a source, of all its rows, and the folder that its relative picture paths start from."""
     if recipe.task is not None and recipe.task not in TASKS:
         raise RecipeError(f"{recipe.path}: task must be one of {', '.join(TASKS)}, got {recipe.task!r}")
@@ -86,7 +88,7 @@ def load(recipe: SourceRecipe, streaming: bool) -> tuple[datasets.Dataset | data
             raise reason from None
         raise RecipeError(f"{recipe.path} cannot be read: {one_line(reason)}") from error
     folder = recipe.image_folder if recipe.image_folder is not None else folder
-    return dataset, None if folder is None else str(folder)
+    return dataset, str(folder) if isinstance(folder, Path) else folder
 
 
 def parse_limit(recipe: SourceRecipe) -> tuple[str, int, bool] | None:
@@ -130,12 +132,8 @@ def _find(recipe):
             folders = sorted({file.parent for file in files})
             for folder in folders:
                 _check_whole(folder)
-            if len(folders) > 1 and recipe.image_folder is None:
-                raise RecipeError(
-                    f"{recipe.path} finds files in {len(folders)} folders, such as {folders[0]} and {folders[1]}: say "
-                    "with image_folder what relative picture paths start from, or make each folder a source of its own"
-                )
-            return folders[0], *_of_one_kind(recipe, files)
+            several = SeveralFolders(recipe.path, tuple(map(str, folders)))
+            return folders[0] if len(folders) == 1 else several, *_of_one_kind(recipe, files)
     elif path.is_file():
         return path.parent, *_of_one_kind(recipe, [path])
     elif _may_be_on_the_hub(path):

@@ -32,6 +32,7 @@ from transformers.utils import cached_file
 from tar_hf.conversion.ta_tok import write_ta_tok_card
 from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
 from tar_hf.modeling.modeling_ta_tok import TATokConfig, TATokModel
+from tar_hf.pipelines.tar_repository import named_model
 from tar_hf.training.code_usage import CodeUsage
 from tar_hf.training.codebook import METRICS, representative_rows
 from tar_hf.training.models import check_kind, check_scale_weights
@@ -70,8 +71,8 @@ class TATokModelRecipe:
     Args:
         teacher (`str`): Folder or Hub id of a SigLIP or SigLIP2 model of a fixed resolution, or of its vision part. It
             decides on image size, patch size and the width of the features.
-        llm (`str`, *optional*): Folder or Hub id of the language model, with its tokenizer, whose input embeddings
-            become the codebook.
+        llm (`str`, *optional*): Folder or Hub id of the language model, or "tar-mini", with its tokenizer, whose input
+            embeddings become the codebook.
         init_from (`str`, *optional*): Folder or Hub id of a TA-Tok to go on with. What it holds has to agree with
             `codebook_size`, `select_layer`, `decoder_layers`, `decoder_config` and `l2_normalized`.
         codebook_size (`int`, *optional*, defaults to `65536`): K, how many of the language model's words become codes.
@@ -212,18 +213,19 @@ def llm_codebook(
     Tokens that were added to the tokenizer, special ones among them, and rows beyond its vocabulary take no part.
 
     Args:
-        path (`str`): Folder or Hub id.
+        path (`str`): Folder or Hub id, or "tar-mini".
         size (`int`): K.
         metric (`str`, *optional*): As in `representative_rows`, which also says what is raised.
         device (*optional*): Where distances are taken.
     """
-    check_kind("model.llm", path)
+    source = str(named_model(path))
+    check_kind("model.llm", source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise RecipeError(f"model.llm {path} must have a tokenizer: {one_line(error)}") from error
     words = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
-    embeddings = AutoModel.from_pretrained(path, dtype="auto").get_input_embeddings().weight.detach()
+    embeddings = AutoModel.from_pretrained(source, dtype="auto").get_input_embeddings().weight.detach()
     others = [row for row in range(len(embeddings)) if row not in words]
     rows = representative_rows(embeddings.to(device), size, metric=metric, exclude=others)
     codebook = {"llm": path, "rows": rows.tolist(), "tokens": tokenizer.convert_ids_to_tokens(rows.tolist())}

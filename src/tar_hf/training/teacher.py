@@ -37,6 +37,9 @@ from tar_hf.training.recipe import Recipe, RecipeError, one_line
 from tar_hf.training.rows import BadRow, Row, open_image, read_images
 from tar_hf.training.trainer import TarTrainer, open_data, run, training_arguments
 
+# What a config.json holds beside the fields of its class, and what says in which type its weights were stored.
+UNUSED = ("_name_or_path", "model_type", "output_attentions", "dtype", "torch_dtype")
+
 
 @strict
 @dataclasses.dataclass(kw_only=True)
@@ -44,9 +47,10 @@ class TeacherModelRecipe:
     """
     Args:
         tokenizer (`str`): Folder or Hub id of the tokenizer of the captions.
-        vision_config (`dict`): Fields of `SiglipVisionConfig`, such as `image_size` and `patch_size`.
-        text_config (`dict`, *optional*): Fields of `SiglipTextConfig`. `max_position_embeddings` is the longest caption
-            in tokens.
+        vision_config (`dict`): Fields of `SiglipVisionConfig`, such as `image_size` and `patch_size`, or all that the
+            `config.json` of a SigLIP says. The weights are float32, whatever it calls their type.
+        text_config (`dict`, *optional*): Of `SiglipTextConfig` likewise. `max_position_embeddings` is the longest
+            caption in tokens.
         select_layer (`int`, *optional*, defaults to `-2`): The hidden state that TA-Tok will learn, which the head
             draws patches from.
         pixel_loss_weight (`float`, *optional*, defaults to `1.0`): Of the mean squared error of these patches.
@@ -67,7 +71,10 @@ class TeacherModelRecipe:
         # The library takes any key, and leaves those that it does not know without effect.
         for name, kind in (("vision_config", SiglipVisionConfig), ("text_config", SiglipTextConfig)):
             known = [field.name for field in dataclasses.fields(kind)]
-            if unknown := [key for key in getattr(self, name) if key not in known]:
+            config = getattr(self, name)
+            if config.get("model_type", kind.model_type) != kind.model_type:
+                raise RecipeError(f"model.{name}.model_type must be {kind.model_type}, got {config['model_type']}")
+            if unknown := [key for key in config if key not in (*known, *UNUSED)]:
                 near = difflib.get_close_matches(str(unknown[0]), known, n=1)
                 raise RecipeError(
                     f"model.{name}.{unknown[0]} is no field of {kind.__name__}"
@@ -290,15 +297,19 @@ def build(recipe: TeacherRecipe) -> TeacherTrainer:
 
 
 def _config(options, tokenizer):
+    vision_config, text_config = (
+        {key: value for key, value in config.items() if key not in UNUSED}
+        for config in (options.vision_config, options.text_config)
+    )
     try:
-        vision_config = SiglipVisionConfig(**options.vision_config)
+        vision_config = SiglipVisionConfig(**vision_config)
         text_config = {
             "vocab_size": len(tokenizer),
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": None,
             "eos_token_id": tokenizer.eos_token_id,
             "projection_size": vision_config.hidden_size,
-            **options.text_config,
+            **text_config,
         }
         return SiglipConfig(vision_config=vision_config, text_config=SiglipTextConfig(**text_config))
     except (ValueError, StrictDataclassError) as error:

@@ -253,9 +253,9 @@ def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
 
 
 def _evaluation_at_saves(options):
-    if "eval_steps" not in options and options.get("save_strategy") in ("no", "epoch"):
-        return {"eval_strategy": "epoch"}  # a run is one: only its end is saved
     steps = options.get("save_steps", TrainingArguments.save_steps)
+    if "eval_steps" not in options and (options.get("save_strategy") in ("no", "epoch") or steps <= 0):
+        return {"eval_strategy": "epoch"}  # a run is one: only its end is saved
     return {"eval_strategy": "steps", "eval_steps": options.get("eval_steps", steps)}
 
 
@@ -336,9 +336,15 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 
 
 def check_goes_on(trainer: TarTrainer, checkpoint: Path):
-    """Raises a `RecipeError` for a checkpoint from which the run would not go on as an unbroken one."""
+    """
+    Raises a `RecipeError` for a checkpoint from which the run would not go on as an unbroken one. Where it has all
+    steps already, only another recipe is an error.
+    """
     if trainer.recipe is not None:
         check_same_run(trainer.recipe, checkpoint)
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    if state["global_step"] >= trainer.args.max_steps:
+        return
     if not any(checkpoint.glob("rng_state*.pth")):
         raise RecipeError(
             f"{checkpoint} holds no state of optimizer and schedule to go on with, as training.save_only_model leaves "
