@@ -70,7 +70,8 @@ def test_metadata(run, picture, tmp_path):
         **named,
         **{"seed": 3, "command": "generate", "dtype": "float32", "images": ["photo.png"], "batch_size": 1},
         **{"scale": 3, "image_scale": 3, "temperature": 1.0, "top_p": 0.95, "top_k": 1200},
-        **{"guidance_scale": 4.0, "prompt_guidance_scale": 1.0, "self_reflect": None, "self_reflect_pictures": None},
+        **{"guidance_scale": 4.0, "prompt_guidance_scale": 1.0},
+        **{"self_reflect": None, "self_reflect_pictures": None, "self_reflect_likelihood": 0.0},
     }
     assert bytes(tmp_path) not in out.read_bytes()
 
@@ -97,9 +98,10 @@ def test_self_reflection(run, pipe, tmp_path):
     out = tmp_path / "out.png"
     assert run("generate", "a cat", "-o", out, "--scale", 3, "--self-reflect", 2)[0] == 0
     assert same(out, draw(pipe, "a cat", 0, self_reflect=2))
-    both = ("--self-reflect", 3, "--self-reflect-pictures", 2)
+    both = ("--seed", 1, "--self-reflect", 3, "--self-reflect-pictures", 3, "--self-reflect-likelihood", 100)
     assert run("generate", "a cat", "-o", out, "--scale", 3, *both, "--overwrite")[0] == 0
-    assert same(out, draw(pipe, "a cat", 0, self_reflect=3, self_reflect_pictures=2))
+    assert same(out, draw(pipe, "a cat", 1, self_reflect=3, self_reflect_pictures=3, self_reflect_likelihood=100))
+    assert not same(out, draw(pipe, "a cat", 1, self_reflect=3, self_reflect_pictures=3))
     with Image.open(out) as image:
         assert 0 < json.loads(image.text["parameters"])["score"] < 1
 

@@ -147,6 +147,7 @@ def test_wrong_input(refuses, tar_repo, no_model_loads, arguments, said):
         ("--num-images", "0", "a whole number from 1 on"),
         ("--self-reflect", "0", "a whole number from 1 on"),
         ("--self-reflect-pictures", "0", "a whole number from 1 on"),
+        ("--self-reflect-likelihood", "-1", "a number from 0 on"),
         ("--batch-size", "x", "a whole number from 1 on"),
         ("--scale", "4", "choose from"),
         ("--image-scale", "0", "choose from"),

@@ -26,6 +26,7 @@ class Knowing:
 
     default_self_reflect = None
     default_self_reflect_pictures = None
+    default_self_reflect_likelihood = 0.0
     default_prompt_guidance_scale = 1.0
     scale = 1  # that it expects pictures at, read and drawn
 
@@ -44,6 +45,7 @@ class Knowing:
         image_scale,
         self_reflect,
         self_reflect_pictures,
+        self_reflect_likelihood,
         prompt_guidance_scale,
     ):
         assert (scale, image_scale) == (self.scale, self.scale)
@@ -193,7 +195,8 @@ def test_report(known, tmp_path):
     settings, distinct = written.pop("settings"), written.pop("distinct")
     assert distinct["recolor"] == 18 > distinct["two_objects"] > 1 and distinct["diversity_color"] == 4
     assert settings.pop("seconds") > 0 and settings.pop("tar_hf")
-    drawing = {"scale": 1, "self_reflect": None, "self_reflect_pictures": None, "prompt_guidance_scale": 1.0}
+    reflecting = {"self_reflect": None, "self_reflect_pictures": None, "self_reflect_likelihood": 0.0}
+    drawing = {"scale": 1, **reflecting, "prompt_guidance_scale": 1.0}
     assert settings == {"model": "knowing", "count": 18, "seed": 4, "split": "test", **drawing}
     assert (
         written["two_objects"] == 1 and written["two_objects_stderr"] == 0 and len(written) == 2 * len(result["scores"])

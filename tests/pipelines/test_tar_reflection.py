@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tar_hf.pipelines.tar_prompts import DESCRIBE, VARIATION, user_turns
-from tar_hf.pipelines.tar_reflection import Judge
+from tar_hf.pipelines.tar_reflection import Judge, choose
 
 
 def seeds(*values):
@@ -57,12 +57,49 @@ def test_self_reflection_on_pictures(pipe, picture):
         pipe("a cat", scale=3, self_reflect_pictures=0)
 
 
+def test_the_likelihood_of_pictures_counts(pipe, picture):
+    """It is that of `code_logits`, and so much of it is added to what chooses between the pictures."""
+    (given,) = pipe.encode(picture, scale=3)
+    requests = [("a cat", []), ("<image> but blue", [given])]
+    drawn, seen = (torch.randint(pipe.decoder.config.codebook_size, (4, 3, 81), generator=g) for g in seeds(0, 1))
+    found = Judge(pipe, requests, scale=3).log_likelihood(seen)
+    assert found.shape == (4, 3) and found.dtype == torch.float32
+    for i, image in enumerate((None, None, picture, picture)):
+        prompt = requests[i // 2][0]
+        with torch.no_grad():
+            logits = pipe.code_logits(prompt, seen[i], images=image, scale=3, image_scale=3).double()
+        expected = logits.log_softmax(-1).gather(-1, seen[i][..., None]).sum((1, 2))
+        torch.testing.assert_close(found[i].double(), expected, rtol=1e-5, atol=0)
+    numbers = torch.arange(12.0).view(12, 1, 1, 1).expand(-1, 3, 8, 8)  # for pictures
+    chosen = {}
+    for weight in (0, 0.1, 1e6):
+        judge = Judge(pipe, requests, scale=3, likelihood=weight)
+        choice = choose(judge, drawn, seeds(*range(4)), 3, lambda *_: numbers, lambda _: seen.flatten(0, 1))
+        order = choice.scores.argsort(dim=-1, descending=True, stable=True)
+        merits = (judge(drawn).gather(1, order) + judge(seen)) + weight * found
+        chosen[weight] = merits.argmax(-1)
+        assert torch.equal(choice.pixels[:, 0, 0, 0].long(), torch.arange(4) * 3 + chosen[weight])
+        places = order.gather(1, chosen[weight][:, None])[:, 0]
+        assert torch.equal(choice.codes, drawn[torch.arange(4), places])
+    assert torch.equal(chosen[1e6], found.argmax(-1)) and not torch.equal(chosen[1e6], chosen[0])
+    options = {"scale": 3, "image_scale": 3, "self_reflect": 3, "self_reflect_pictures": 3}
+    outputs = [
+        pipe("<image> but blue", images=picture, generator=seeds(3), self_reflect_likelihood=weight, **options)
+        for weight in (None, 0, 1e6)
+    ]
+    assert torch.equal(outputs[0].codes, outputs[1].codes)
+    assert torch.equal(outputs[0].picture_scores, outputs[2].picture_scores)  # the judgement itself stays
+    for wrong in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="self_reflect_likelihood must be at least 0, and finite"):
+            pipe("a cat", scale=3, self_reflect_likelihood=wrong)
+
+
 def test_variations_are_judged_by_what_would_be_said_of_them(pipe, picture):
     """Token by token, the description of the given image behind each candidate, beside a request of another kind."""
     (given,) = pipe.encode(picture, scale=3)
     drawn = torch.randint(pipe.decoder.config.codebook_size, (4, 2, 81), generator=seeds(0)[0])
     stages = []
-    judge = Judge(pipe, [(VARIATION, [given]), ("a cat", [])], lambda stage, *_: stages.append(stage))
+    judge = Judge(pipe, [(VARIATION, [given]), ("a cat", [])], callback=lambda stage, *_: stages.append(stage))
     assert set(stages) == {"text"}
     description = pipe.generate_text(DESCRIBE, images=picture, scale=3, max_new_tokens=64)
     said = pipe.tokenizer(description, add_special_tokens=False).input_ids + [pipe.tokenizer.eos_token_id]
@@ -94,6 +131,14 @@ def test_self_reflection_is_the_models_own_unless_said_otherwise(pipe):
         pipe.model.generation_config.self_reflect_pictures = 2
         assert pipe("a dog", scale=3, generator=seeds(2)).picture_scores.isfinite().sum() == 2
         assert pipe("a dog", scale=3, self_reflect_pictures=1, generator=seeds(2)).picture_scores is None
+        assert pipe.default_self_reflect_likelihood == 0
+        options = {"scale": 3, "self_reflect": 8, "self_reflect_pictures": 8}
+        likely = pipe("a dog", self_reflect_likelihood=1e6, generator=seeds(2), **options)
+        plain = pipe("a dog", generator=seeds(2), **options)
+        pipe.model.generation_config.self_reflect_likelihood = 1e6
+        own = pipe("a dog", generator=seeds(2), **options)
+        assert torch.equal(own.codes, likely.codes) and not torch.equal(own.codes, plain.codes)
     finally:
         del pipe.model.generation_config.self_reflect
-        vars(pipe.model.generation_config).pop("self_reflect_pictures", None)
+        for name in ("self_reflect_pictures", "self_reflect_likelihood"):
+            vars(pipe.model.generation_config).pop(name, None)

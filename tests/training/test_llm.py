@@ -61,17 +61,21 @@ def test_overfits_a_batch_and_the_repository_draws_and_tells_it(llm_recipe, llm_
 
 
 def test_a_trained_model_says_how_it_draws(llm_recipe, tar_repo):
-    reflect = ("model.self_reflect=2", "model.self_reflect_pictures=2")
-    output = train(llm_recipe("out", *reflect, "model.prompt_guidance_scale=1.5", max_steps=1))
+    reflect = ["model.self_reflect=2", "model.self_reflect_pictures=2", "model.self_reflect_likelihood=0.5"]
+    reflect.append("model.prompt_guidance_scale=1.5")
+    output = train(llm_recipe("out", *reflect, max_steps=1))
     pipe = TarPipeline.from_pretrained(output)
     assert pipe.default_self_reflect == 2 and TarPipeline.from_pretrained(tar_repo).default_self_reflect is None
-    assert pipe.default_prompt_guidance_scale == 1.5
+    assert pipe.default_prompt_guidance_scale == 1.5 and pipe.default_self_reflect_likelihood == 0.5
     assert pipe("A cat.", scale=3).scores.shape == (1, 2)
     further = train(llm_recipe("further", base=output, max_steps=1))
     assert TarPipeline.from_pretrained(further).default_self_reflect == 2
     for name in ("self_reflect", "self_reflect_pictures"):
         with pytest.raises(RecipeError, match=f"model.{name} must be at least 1"):
             llm_recipe("other", f"model.{name}=0")
+    for wrong in ("-1", ".nan", ".inf"):
+        with pytest.raises(RecipeError, match="model.self_reflect_likelihood must be at least 0, and finite"):
+            llm_recipe("other", f"model.self_reflect_likelihood={wrong}")
     with pytest.raises(RecipeError, match="prompt_guidance_scale must be at least 1"):
         llm_recipe("other", "model.prompt_guidance_scale=0.5")
 

@@ -173,6 +173,7 @@ def test_the_embeddings_may_stay(llm_recipe, tar_repo, tmp_path):
 
 def test_how_the_adapter_generates_is_merged_too(llm_recipe, tar_repo, tmp_path, monkeypatch):
     options = {"prompt_guidance_scale": 1.5, "self_reflect": 3, "self_reflect_pictures": 2}
+    options["self_reflect_likelihood"] = 0.5
     said = [f"model.{name}={value}" for name, value in options.items()]
     output = train(llm_recipe("out", "lora={r: 2}", *said, max_steps=1, save_strategy="steps"))
     whole = train(llm_recipe("whole", *said, max_steps=1))

@@ -61,7 +61,8 @@ def add_parser(commands):
 # What of the arguments goes to `TarPipeline` as it is, and into the pictures.
 SETTINGS = (
     *("scale", "image_scale", "temperature", "top_p", "top_k"),
-    *("guidance_scale", "prompt_guidance_scale", "self_reflect", "self_reflect_pictures"),
+    *("guidance_scale", "prompt_guidance_scale"),
+    *("self_reflect", "self_reflect_pictures", "self_reflect_likelihood"),
 )
 
 

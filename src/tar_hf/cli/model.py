@@ -82,7 +82,8 @@ def load_model(arguments, *parts: str):
         raise OSError(f"{loading} could not be loaded: {reason}") from error
     if "detokenizer" in parts:
         # So that files say what drew them.
-        for name in ("guidance_scale", "prompt_guidance_scale", "self_reflect", "self_reflect_pictures"):
+        reflecting = ("self_reflect", "self_reflect_pictures", "self_reflect_likelihood")
+        for name in ("guidance_scale", "prompt_guidance_scale", *reflecting):
             if getattr(arguments, name, 0) is None:
                 setattr(arguments, name, getattr(pipe, f"default_{name}"))
     if "detokenizer" in parts and hasattr(pipe.detokenizer, "set_progress_bar_config"):

@@ -66,6 +66,13 @@ def add_choosing_options(parser):
         metavar="N",
         help="up to so many of them, the best, are judged by their pictures too; default: as the model says, 1 is off",
     )
+    parser.add_argument(
+        "--self-reflect-likelihood",
+        type=not_negative,
+        metavar="W",
+        help="how much the likelihood of these pictures' codes counts beside the judgement; default: as the model "
+        "says, 0 is off",
+    )
 
 
 def add_scale_option(parser, name="--scale", help="729, 169 or 81 codes an image for 1, 2, 3; default 1"):
@@ -95,6 +102,10 @@ def seed(text: str) -> int:
 
 def positive(text: str) -> float:
     return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def not_negative(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value < math.inf, "a number from 0 on")
 
 
 def guidance(text: str) -> float:

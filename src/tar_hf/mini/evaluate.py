@@ -40,7 +40,8 @@ MEANS = {
     "understanding": tuple(f"answers_{kind}" for kind in QUESTION_KINDS),
     "text_image_to_image": ("recolor", "beside"),
 }
-DRAWING = ("scale", "self_reflect", "self_reflect_pictures", "prompt_guidance_scale")  # how pictures are drawn
+REFLECTING = ("self_reflect", "self_reflect_pictures", "self_reflect_likelihood")
+DRAWING = ("scale", *REFLECTING, "prompt_guidance_scale")  # how pictures are drawn
 BATCH = 16  # prompts at a time; a sample depends on its own generator, not on the batch
 DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 4, 8
 
@@ -76,6 +77,7 @@ def evaluate(
     scale: int = 1,
     self_reflect: int | None = None,
     self_reflect_pictures: int | None = None,
+    self_reflect_likelihood: float | None = None,
     prompt_guidance_scale: float | None = None,
 ) -> dict:
     """
@@ -104,6 +106,8 @@ def evaluate(
             default as many as its own settings say.
         self_reflect_pictures (`int`, *optional*): Up to how many of them it judges by their pictures too. By default as
             its own settings say.
+        self_reflect_likelihood (`float`, *optional*): How much the likelihood of these pictures counts beside its
+            judgement. By default as its own settings say.
         prompt_guidance_scale (`float`, *optional*): How much prompts guide. By default as its own settings say.
 
     Returns:
@@ -118,6 +122,7 @@ def evaluate(
     asked = {
         "self_reflect": self_reflect,
         "self_reflect_pictures": self_reflect_pictures,
+        "self_reflect_likelihood": self_reflect_likelihood,
         "prompt_guidance_scale": prompt_guidance_scale,
     }
     own = {name: getattr(pipe, f"default_{name}") if value is None else value for name, value in asked.items()}

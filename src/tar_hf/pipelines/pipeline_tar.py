@@ -5,6 +5,7 @@ codes from pixels and features from codes; a de-tokenizer draws. Parts load when
 image loads no de-tokenizer, and drawing one no vision encoder.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -171,6 +172,12 @@ class TarPipeline(TarParts):
         return getattr(self.model.generation_config, "self_reflect_pictures", None)
 
     @property
+    def default_self_reflect_likelihood(self) -> float:
+        """How much the likelihood of a candidate's picture counts unless a call says otherwise:
+        `self_reflect_likelihood` in the language model's `generation_config`, or 0, nothing."""
+        return getattr(self.model.generation_config, "self_reflect_likelihood", None) or 0.0
+
+    @property
     def default_prompt_guidance_scale(self) -> float:
         """How much a prompt guides unless a call says otherwise: `prompt_guidance_scale` in the language model's
         `generation_config`, or 1, not at all, as the original draws."""
@@ -191,6 +198,7 @@ class TarPipeline(TarParts):
         prompt_guidance_scale: float | None = None,
         self_reflect: int | None = None,
         self_reflect_pictures: int | None = None,
+        self_reflect_likelihood: float | None = None,
         jacobi_window: int | None = None,
         generator=None,
         output_type: str = "pil",
@@ -220,6 +228,11 @@ class TarPipeline(TarParts):
                 pixels, reads them again and judges what it reads too: codes that are meant for one shape may come out
                 as another. Takes TA-Tok's encoder. 1 turns it off, and by default it is as
                 `default_self_reflect_pictures` says.
+            self_reflect_likelihood (`float`, *optional*): Between these pictures decides, beside the judgement, how
+                likely the model would have drawn what it reads of them: so much of the log-likelihood of all of a
+                picture's codes, in nats, is added to the log-odds of the judgement. How much is right has to be
+                measured with the model, and is the less the more codes an image has. 0 turns it off, and by default it
+                is as `default_self_reflect_likelihood` says.
             jacobi_window (`int`, *optional*): Draws so many codes, and VQ tokens of AR-DTok, at once, and keeps what
                 drawing one by one would have drawn: the same images in fewer steps, see `jacobi_decode`.
             generator (`torch.Generator` or a list with one for each image, *optional*): Source of all draws.
@@ -236,6 +249,11 @@ class TarPipeline(TarParts):
         for name, value in {**counts, "self_reflect_pictures": pictures}.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
+        likelihood = self_reflect_likelihood
+        if likelihood is None:
+            likelihood = self.default_self_reflect_likelihood
+        if not 0 <= likelihood < math.inf:
+            raise ValueError(f"self_reflect_likelihood must be at least 0, and finite, got {likelihood}")
         if prompt_guidance_scale is None:
             prompt_guidance_scale = self.default_prompt_guidance_scale
         if not prompt_guidance_scale >= 1:
@@ -269,7 +287,7 @@ class TarPipeline(TarParts):
 
         if candidates == 1:
             return TarPipelineOutput(images=_output(draw(codes, generators), output_type), codes=codes)
-        judge = Judge(self, list(zip(prompts, given, strict=True)), callback)
+        judge = Judge(self, list(zip(prompts, given, strict=True)), scale, likelihood, callback)
         codes = codes.unflatten(0, (len(generators), candidates))
         choice = choose(judge, codes, generators, pictures, draw, read)
         return TarPipelineOutput(
@@ -343,7 +361,11 @@ class TarPipeline(TarParts):
                 f"{tuple(codes.shape)}"
             )
         rows = self._drawing_rows(prompts, self._read(images, image_scale, None), scale)
-        ids, mask = (t.repeat_interleave(len(codes) // len(prompts), 0) for t in self._pad(rows))
+        return self._code_logits(rows, codes)
+
+    def _code_logits(self, rows, codes):
+        """Prompts as token ids, and codes drawn from them (prompts * copies, N) -> logits (prompts * copies, N, K)."""
+        ids, mask = (t.repeat_interleave(len(codes) // len(rows), 0) for t in self._pad(rows))
         known = self.vocabulary.codes_to_ids(codes)[:, :-1].to(ids.device)
         ids = torch.cat([ids, known], 1)
         mask = torch.cat([mask, torch.ones_like(known)], 1)

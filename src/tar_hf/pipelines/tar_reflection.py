@@ -27,12 +27,17 @@ class Judge:
     Args:
         pipe (`TarPipeline`): The system.
         requests (`list[Request]`): What was asked for. The judge sees a request's own images where its prompt has them.
+        scale (`int`, *optional*, defaults to `1`): Of the drawings' codes.
+        likelihood (`float`, *optional*, defaults to `0.0`): Of pictures, how much the likelihood of what is read from
+            them counts beside the judgement.
         callback (*optional*): Sees the descriptions being written, see `TarPipeline`.
     """
 
-    def __init__(self, pipe, requests: list[Request], callback=None):
+    def __init__(self, pipe, requests: list[Request], scale: int = 1, likelihood: float = 0.0, callback=None):
         self.pipe = pipe
         self.requests = requests
+        self.scale = scale
+        self.likelihood = likelihood
         self.answers = [_first_tokens(pipe.tokenizer, words) for words in (("yes", "Yes"), ("no", "No"))]
         variations = {i: given for i, (prompt, given) in enumerate(requests) if prompt == VARIATION}
         described = self._describe(variations.values(), callback) if variations else []
@@ -47,8 +52,36 @@ class Judge:
         Returns:
             `torch.FloatTensor` of shape `(requests * copies, candidates)`: log-odds of a match, in float32.
         """
+        return self._of_each(self._log_odds, codes)
+
+    def log_likelihood(self, codes: torch.LongTensor) -> torch.FloatTensor:
+        """
+        How likely the model would have drawn this.
+
+        Args:
+            codes (`torch.LongTensor` of shape `(requests * copies, candidates, N)`): As in a call.
+
+        Returns:
+            `torch.FloatTensor` of shape `(requests * copies, candidates)`: log-likelihoods of all N codes behind the
+            request, in nats, without guidance or limits of the sampling, in float32.
+        """
+        return self._of_each(self._log_likelihood, codes)
+
+    def _of_each(self, score, codes):
         copies = len(codes) // len(self.requests)
-        return torch.stack([self._log_odds(i // copies, drawn) for i, drawn in enumerate(codes)]).cpu()
+        return torch.stack([score(i // copies, drawn) for i, drawn in enumerate(codes)]).cpu()
+
+    @torch.no_grad()
+    def _log_likelihood(self, i, drawn):
+        """Of drawing each of the candidates (candidates, N) for request `i`."""
+        prompt, given = self.requests[i]
+        rows = self.pipe._drawing_rows([prompt], [given], self.scale)
+        # One after the other: the logits of a picture with a large codebook are no small thing.
+        logits = (self.pipe._code_logits(rows, codes[None])[0] for codes in drawn)
+        likely = [
+            -cross_entropy(of, codes.to(of.device), reduction="sum") for of, codes in zip(logits, drawn, strict=True)
+        ]
+        return torch.stack(likely)
 
     @torch.no_grad()
     def _log_odds(self, i, drawn):
@@ -130,9 +163,13 @@ def choose(
     pixels = draw(codes.flatten(0, 1), generators)
     if each == 1:
         return Choice(codes[:, 0], pixels, logits.sigmoid())
-    picture_logits = judge(read(pixels).view_as(codes))
+    seen = read(pixels).view_as(codes)
+    picture_logits = judge(seen)
     picture_scores = torch.full_like(logits, torch.nan).scatter(1, best, picture_logits.sigmoid())
-    chosen = (logits.gather(1, best) + picture_logits).argmax(-1)
+    merits = logits.gather(1, best) + picture_logits
+    if judge.likelihood:
+        merits += judge.likelihood * judge.log_likelihood(seen)
+    chosen = merits.argmax(-1)
     images = torch.arange(len(codes))
     pixels = pixels.unflatten(0, codes.shape[:2])[images, chosen]
     return Choice(codes[images, chosen], pixels, logits.sigmoid(), picture_scores)

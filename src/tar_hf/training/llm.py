@@ -5,6 +5,7 @@ Paper 2506.18898; original `llava/train/train.py`. Rows are pre-tokenised, so no
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -50,6 +51,8 @@ class LLMModelRecipe:
             judgement, unless a call says otherwise. By default as the base; 1 is none.
         self_reflect_pictures (`int`, *optional*): Up to how many of them it judges by what they look like too. By
             default as the base; 1 is none.
+        self_reflect_likelihood (`float`, *optional*): How much the likelihood of what it reads from these pictures
+            counts beside its judgement, see `TarPipeline`. By default as the base; 0 is nothing.
         prompt_guidance_scale (`float`, *optional*): How much prompts guide the trained model's drawing, unless a call
             says otherwise. By default as the base; 1 is none. More needs a `prompt_dropout`.
         attn_implementation (`str`, *optional*): `eager`, `sdpa`, `flash_attention_2`; by default the library's choice.
@@ -62,6 +65,7 @@ class LLMModelRecipe:
     dtype: str = "float32"
     self_reflect: int | None = None
     self_reflect_pictures: int | None = None
+    self_reflect_likelihood: float | int | None = None
     prompt_guidance_scale: float | int | None = None
     attn_implementation: str | None = None
 
@@ -69,6 +73,10 @@ class LLMModelRecipe:
         for name in ("self_reflect", "self_reflect_pictures"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise RecipeError(f"model.{name} must be at least 1, got {value}")
+        if self.self_reflect_likelihood is not None and not 0 <= self.self_reflect_likelihood < math.inf:
+            raise RecipeError(
+                f"model.self_reflect_likelihood must be at least 0, and finite, got {self.self_reflect_likelihood}"
+            )
         if self.prompt_guidance_scale is not None and not self.prompt_guidance_scale >= 1:
             raise RecipeError(f"model.prompt_guidance_scale must be at least 1, got {self.prompt_guidance_scale}")
         if self.dtype not in DTYPES:
@@ -258,7 +266,7 @@ def load_language_model(
     model, tokenizer = load_base(recipe.base, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation)
     # The code that the entry is about belongs to a whole Tar repository; `copy_parts` adds both.
     vars(model.config).pop("custom_pipelines", None)
-    for name in ("self_reflect", "self_reflect_pictures", "prompt_guidance_scale"):
+    for name in ("self_reflect", "self_reflect_pictures", "self_reflect_likelihood", "prompt_guidance_scale"):
         if (value := getattr(recipe, name)) is not None:
             setattr(model.generation_config, name, value)
             # The library forgets what it does not know in a configuration that it has made of the model's.
