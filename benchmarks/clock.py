@@ -10,9 +10,14 @@ STEPS = 16  # tokens that are timed behind the first
 def seconds(call) -> float:
     start = time.perf_counter()
     call()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize():
+    """Waits for what a GPU still has to do."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def random(*shape, dtype=torch.float32, device="cpu"):

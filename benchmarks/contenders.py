@@ -4,11 +4,12 @@ A stage is a function of the options that loads what it needs and gives its case
 the arithmetic that no implementation of the stage gets around, by the plainest call of the library, in this process.
 """
 
+import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from clock import STEPS, random, seconds
+from clock import STEPS, random, seconds, synchronize
 from torch import nn
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
@@ -16,12 +17,14 @@ from tar_hf.modeling.packed_linear import PackedLinear, pack_linears
 
 
 class After(StoppingCriteria):
-    """Ends an image after so many tokens."""
+    """Ends an image, or a text, after so many new tokens, and tells of each."""
 
-    def __init__(self, count):
+    def __init__(self, count, on_token):
         self.count = count
+        self.on_token = on_token
 
     def __call__(self, input_ids, scores, **options):
+        self.on_token()
         return torch.full((len(input_ids),), input_ids.shape[1] >= self.count, device=input_ids.device)
 
 
@@ -77,8 +80,9 @@ def ar_detok(options):
         settings |= {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=False)}
         settings["compile_config"]._compile_all_devices = True  # the library leaves CPUs out
 
-    def draw(count):
-        model.generate(condition, stopping_criteria=StoppingCriteriaList([After(count)]), **settings)
+    def draw(count, on_token=lambda: None):
+        criteria = StoppingCriteriaList([After(count, on_token)])
+        model.generate(condition, stopping_criteria=criteria, **settings)
 
     rows = batch * (2 if options["guidance"] > 1 else 1)
     linears = [module for module in model.modules() if isinstance(module, nn.Linear | PackedLinear)]
@@ -139,14 +143,18 @@ def llm(options):
     sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 1200}
     ids = torch.tensor([row] * options["batch"], device=model.device)
 
-    def library(count):
+    def draw(count, on_token):
+        pipe._draw_codes([row], uniform[:, :count], **sampling, callback=lambda *_: on_token())
+
+    def library(count, on_token):
         config = GenerationConfig(**sampling, max_new_tokens=count, min_new_tokens=count, pad_token_id=0)
-        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        criteria = StoppingCriteriaList([After(len(row) + count, on_token)])
+        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, stopping_criteria=criteria)
 
     linears = [module for module in model.get_decoder().modules() if isinstance(module, nn.Linear | PackedLinear)]
     return {
         **timed({"code floor": lambda: products(linears, options["batch"])}),
-        "code": per_token(lambda count: pipe._draw_codes([row], uniform[:, :count], **sampling)),
+        "code": per_token(draw),
         "code by model.generate": per_token(library),
     }
 
@@ -215,8 +223,20 @@ def timed(cases):
 
 
 def per_token(draw, steps=STEPS):
-    """Seconds for a token behind the first, of a function that draws so many."""
-    return lambda: (seconds(lambda: draw(steps + 1)) - seconds(lambda: draw(1))) / steps
+    """Seconds for a token behind the first, of a function that draws so many and tells of each."""
+
+    def run():
+        moments = []
+
+        def on_token():
+            if not moments or len(moments) == steps:  # the ends of what is timed
+                synchronize()
+            moments.append(time.perf_counter())
+
+        draw(steps + 1, on_token)
+        return (moments[steps] - moments[0]) / steps
+
+    return run
 
 
 def products(linears, rows):
