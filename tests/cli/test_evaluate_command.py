@@ -18,7 +18,7 @@ def test_evaluate_mini(run, tmp_path):
     scores = json.loads((out / "scores.json").read_text())
     settings = scores.pop("settings")
     assert settings.pop("seconds") > 0
-    assert [settings.pop(name) for name in DRAWING] == [3, None, None, 1]
+    assert [settings.pop(name) for name in DRAWING] == [3, None, None, 0.0, 1.0]
     assert settings == {"model": "repo", "count": 1, "seed": 5, "split": "test", "tar_hf": __version__}
     assert TARGETS.keys() | {f"{name}_stderr" for name in TARGETS} <= scores.keys()
     table = (out / "scores.md").read_text().splitlines()
