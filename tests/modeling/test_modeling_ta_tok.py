@@ -515,6 +515,50 @@ def test_frequency_weighting_counts_codes_instead_of_tokens(tmp_path):
     assert TATokModel.from_pretrained(tmp_path).config.frequency_weighting == 1.0
 
 
+KINDS = torch.tensor([[5, 5, -9, 5], [0, 0, 5, 7]])
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_rarity_weighting_counts_what_tokens_show(strength, tiny):
+    tiny.config.rarity_weighting = strength
+    counts = torch.tensor([[4, 4, 1, 4], [2, 2, 4, 1]])
+    expected = counts.float() ** -strength
+    codes = torch.tensor([[3, 3, 3, 7], [3, 9, 9, 0]])
+    kinds = KINDS.unique(return_inverse=True)[1]
+    torch.testing.assert_close(tiny._token_weights(codes, kinds), expected / expected.mean())
+    tiny.config.frequency_weighting = 1.0  # both count
+    expected /= torch.tensor([[4, 4, 4, 1], [4, 2, 2, 1]])
+    torch.testing.assert_close(tiny._token_weights(codes, kinds), expected / expected.mean())
+
+
+def test_tokens_that_look_alike_are_drawn_together():
+    torch.manual_seed(0)
+    model = TATokModel(tiny_config(alike_loss_weight=3.0)).train()
+    tokens = model.config.num_tokens(1)
+    kinds = torch.arange(2 * tokens).reshape(2, tokens)
+    kinds[0, :3] = kinds[1, :2] = -1
+    output, _ = with_loss(model, token_kinds=kinds)
+    z = F.normalize(model.in_proj(output.pre_quantized), dim=-1)
+    alike = z[kinds == -1]
+    assert len(alike) == 5
+    expected = (alike - alike.mean(0)).square().sum() / z.numel()  # a single one is its own mean
+    torch.testing.assert_close(output.alike_loss, expected)
+    plain = 1.0 * output.codebook_loss + 0.25 * output.commitment_loss
+    torch.testing.assert_close(output.loss, output.feature_loss + plain + 3 * expected)
+    output.alike_loss.backward()
+    moved = {
+        name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+    }
+    assert moved == {"encoder", "encode_head", "in_proj"}
+
+
+@pytest.mark.parametrize("name", ["rarity_weighting", "alike_loss_weight"])
+def test_a_loss_by_looks_needs_them(name, tiny):
+    setattr(tiny.config, name, 0.5)
+    with pytest.raises(ValueError, match="needs token_kinds"):
+        with_loss(tiny)
+
+
 def test_without_frequency_weighting_all_tokens_count_alike(tiny):
     assert tiny.config.frequency_weighting == 0
     codes = torch.tensor([[3, 3, 3, 7], [3, 9, 9, 0]])
@@ -608,7 +652,7 @@ def test_teacher_features_of_another_shape(tiny):
 def test_configurations_from_before_training_load_as_they_were(ta_tok_repo):
     fields = TATokConfig.from_pretrained(ta_tok_repo()).to_dict()
     old = {key: value for key, value in fields.items() if "_loss_" not in key}
-    assert len(fields) - len(old) == 4 and TATokConfig(**old).to_dict() == fields
+    assert len(fields) - len(old) == 5 and TATokConfig(**old).to_dict() == fields
     weights = {"codebook_loss_weight": 2, "entropy_loss_weight": 0.1}
     assert TATokConfig.from_dict(tiny_config(**weights).to_dict()).entropy_loss_weight == 0.1
 

@@ -148,3 +148,18 @@ def test_directions_that_the_codebook_cannot_fill(directions, codes, limit):
     message = rf"principal_directions must be in 1\.\.{limit}, got {directions}"
     with pytest.raises(ValueError, match=message):
         spread_over_codes(tiny_model(codebook_size=codes), skewed_features(), directions)
+
+
+@torch.no_grad()
+def test_a_bottleneck_may_start_from_what_alike_patches_share():
+    kinds = torch.arange(2000) % 40
+    shown, place = random_numbers(40, 24)[kinds], random_numbers(2000, 3, seed=2) @ random_numbers(3, 24, seed=3)
+    features = shown + 3 * place
+    apart = []
+    for given in (None, kinds):
+        model = tiny_model()
+        spread_over_codes(model, features, 4, kinds=given)
+        z = torch.nn.functional.normalize(model.in_proj(features), dim=-1)
+        means = torch.stack([z[kinds == kind].mean(0) for kind in range(40)])
+        apart.append((z - means[kinds]).square().sum(-1).mean())
+    assert apart[1] < 0.5 * apart[0]

@@ -27,6 +27,7 @@ from processes import launch
 from tar_hf import TarPipeline, TATokModel
 from tar_hf.mini import data
 from tar_hf.training import ta_tok
+from tar_hf.training.alike import look_alike
 from tar_hf.training.code_usage import code_statistics
 from tar_hf.training.codebook import representative_rows
 from tar_hf.training.principal import Principal
@@ -163,6 +164,7 @@ def test_overfits_four_pictures(parts, recipe):
 def test_a_killed_run_goes_on_as_an_unbroken_one(recipe, kill):
     drawn = ["model.stochastic=true", "model.temperature=0.3", "model.entropy_loss_weight=0.01"]
     drawn += ["model.whitening=0.5", "model.principal_directions=4", "model.frequency_weighting=0.5"]
+    drawn += ["model.content_only=true", "model.rarity_weighting=0.5", "model.alike_loss_weight=10"]
     unbroken = ta_tok.build(recipe("unbroken", *drawn))
     run(unbroken)
     kill(ta_tok.build(recipe("killed", *drawn)))
@@ -240,12 +242,12 @@ def test_whitened_features_of_the_teacher_are_taught(size, many, recipe):
     pixels = torch.stack([trainer.train_dataset[i]["pixel_values"] for i in range(size)])
     taught = trainer.teacher(pixels).last_hidden_state
     whitening = Principal.of(taught.flatten(0, 1)).whitening(0.7)
-    torch.testing.assert_close(trainer.whitening, whitening, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(trainer.taught, whitening, atol=1e-4, rtol=1e-4)
     features = trainer.model(pixels[:4], scale=2).features
     expected = 1 - torch.cosine_similarity(features, TATokModel.pool(taught[:4] @ whitening, 2), dim=-1).mean()
     trainer.compute_loss(trainer.model, {"pixel_values": pixels[:4]})
     assert trainer.metrics()["cosine_loss"] == pytest.approx(expected.item(), abs=1e-5)
-    assert ta_tok.build(recipe("plain", many)).whitening is None
+    assert ta_tok.build(recipe("plain", many)).taught is None
 
 
 @torch.no_grad()
@@ -262,7 +264,34 @@ def test_principal_directions_spread_a_new_bottleneck_over_the_codes(many, recip
     }
     # The encoder's side has no bias before or after.
     assert changed == {"in_proj.weight", "quantizer.embedding_proj.weight", "quantizer.embedding_proj.bias"}
-    assert spread.whitening is None
+    assert spread.taught is None
+
+
+@torch.no_grad()
+def test_what_alike_patches_share_is_taught(many, recipe):
+    trainer = ta_tok.build(recipe("out", many, "model.content_only=true", "model.whitening=0.5"))
+    without = ta_tok.build(recipe("without", many, "model.whitening=0.5"))
+    size = trainer.teacher.config.patch_size
+    pixels = torch.stack([trainer.train_dataset[i]["pixel_values"] for i in range(16)])
+    moved = pixels.roll((size, -size), (2, 3))
+    kinds = look_alike(torch.cat([pixels, moved]), size, surroundings=size).flatten().unique(return_inverse=True)[1]
+    features = trainer.teacher(torch.cat([pixels, moved])).last_hidden_state.flatten(0, 1)
+
+    def apart(taught):
+        taught = torch.nn.functional.normalize(features @ taught, dim=-1)
+        means = torch.zeros(int(kinds.max()) + 1, taught.shape[1]).index_add(0, kinds, taught)
+        means = means / kinds.bincount()[:, None]
+        return (taught - means[kinds]).square().sum()
+
+    assert apart(trainer.taught) < 0.9 * apart(without.taught)
+
+
+@torch.no_grad()
+def test_tokens_that_look_alike_count_as_the_recipe_says(many, recipe):
+    trainer = ta_tok.build(recipe("out", many, "model.alike_loss_weight=3", "model.rarity_weighting=0.5"))
+    pixels = torch.stack([trainer.train_dataset[i]["pixel_values"] for i in range(4)])
+    trainer.compute_loss(trainer.model, {"pixel_values": pixels})
+    assert trainer.metrics()["alike_loss"] > 0
 
 
 START = """
@@ -272,7 +301,7 @@ from tar_hf.training import ta_tok
 from tar_hf.training.recipe import load_recipe
 
 trainer = ta_tok.build(load_recipe(ta_tok.TATokRecipe, sys.argv[1]))  # no wrapper has sent the first one's weights yet
-start = {**trainer.model.state_dict(), "whitening": trainer.whitening}
+start = {**trainer.model.state_dict(), "taught": trainer.taught}
 torch.save(start, f"{sys.argv[2]}/{trainer.args.process_index}.pt")
 """
 
@@ -408,6 +437,8 @@ def test_goes_on_with_a_published_ta_tok(ta_tok_repo, tar_repo, recipe, tmp_path
         ("model.temperature=0", "model.temperature must be above 0, got 0"),
         ("model.commitment_loss_weight=-1", "must not be below 0, got -1"),
         ("model.frequency_weighting=-1", "model.frequency_weighting must not be below 0, got -1"),
+        ("model.rarity_weighting=-1", "model.rarity_weighting must not be below 0, got -1"),
+        ("model.alike_loss_weight=-0.5", "model.alike_loss_weight must not be below 0, got -0.5"),
         ("model.whitening=1.5", r"model.whitening must be in 0\.\.1, got 1.5"),
         ("model.principal_directions=-1", "model.principal_directions must not be below 0 .* got -1 and 256"),
         ("model.sample_size=0", "model.sample_size at least 1, got 0 and 0"),

@@ -110,6 +110,35 @@ def test_clusters_are_found():
         cluster_directions(vectors, 301)
 
 
+def test_plain_ground_gets_few_clusters():
+    """Though most vectors are of it, and no two are the same."""
+    draws = torch.Generator().manual_seed(0)
+    ground = torch.tensor([1.0, 0, 0, 0, 0]) + 0.02 * torch.randn(400, 5, generator=draws)
+    vectors = F.normalize(torch.cat([ground, torch.randn(40, 5, generator=draws)]), dim=-1)
+    centres = cluster_directions(vectors, 16)
+    assert (centres @ vectors[:400].mean(0) > 0.95).sum() == 1
+    assert torch.equal(centres, cluster_directions(vectors, 16))
+
+
+@pytest.mark.parametrize("continuous", [True, False])
+def test_latents_that_look_alike_are_drawn_together(make, continuous):
+    trainer = build(make(model={"config": CONFIG, "alike_loss_weight": 2.0}))
+    without = VQModelRecipe(config=CONFIG)
+    pixels = torch.zeros(2, 3, 16, 16)
+    pixels[0, :, 8:] = 1.0  # with padding and norms, ground is not the same everywhere
+    looks = trainer.model.looks(pixels)
+    kinds = looks.unique(return_inverse=True)[1]
+    assert looks.shape == (2, 64) and len(looks.unique()) == 4  # black, white, and where they meet
+    with torch.no_grad():
+        z = trainer.model.latents(pixels)
+        expected = sum((z[kinds == kind] - z[kinds == kind].mean(0)).square().sum() for kind in range(4)) / z.numel()
+        plain = trainer.model(pixels, without, continuous)
+        output = trainer.model(pixels, trainer.recipe.model, continuous)
+    assert plain.alike_loss is None and expected > 0
+    torch.testing.assert_close(output.alike_loss, expected)
+    torch.testing.assert_close(output.loss, plain.loss + 2 * expected)
+
+
 def test_the_codebook_starts_from_a_batchs_clusters(make):
     model = {"config": CONFIG, "continuous_steps": 2}
     trainer = build(make(model=model, max_steps=3, learning_rate=0.0, save_strategy="no"))

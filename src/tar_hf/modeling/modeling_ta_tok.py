@@ -11,7 +11,9 @@ without the files beside it, so it imports nothing else of the package.
 """
 
 import math
+import time
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -72,6 +74,12 @@ class TATokConfig(PreTrainedConfig):
         frequency_weighting (`float`, *optional*, defaults to `0.0`): A token counts in all parts of the loss by how
             often the batch has its code, to the power of minus this: at 1 all codes of a batch count alike. Where most
             of every picture is background, the codes otherwise go to its finest differences.
+        rarity_weighting (`float`, *optional*, defaults to `0.0`): Likewise by how often the batch has what the token
+            shows. Counting codes, plain ground gets as many of them as it can spread over; counting looks, as few as it
+            needs.
+        alike_loss_weight (`float`, *optional*, defaults to `0.0`): Of the encoder's vectors' squared distance from the
+            mean of those that show the same. Where a piece is and what else the picture shows is otherwise reason
+            enough for another code.
         scales (`list[int]`, *optional*, defaults to `[1, 2, 3]`): Pooling factors that `encode` accepts.
         has_encoder, has_decoder (`bool`, *optional*, default to `True`):
             Half a model: `from_pretrained(path, has_encoder=False)` loads what `decode` needs and no vision tower.
@@ -93,6 +101,8 @@ class TATokConfig(PreTrainedConfig):
     entropy_loss_weight: float | int = 0.0
     entropy_loss_temperature: float | int = 0.01
     frequency_weighting: float | int = 0.0
+    rarity_weighting: float | int = 0.0
+    alike_loss_weight: float | int = 0.0
     scales: list[int] | None = None
     has_encoder: bool = True
     has_decoder: bool = True
@@ -162,6 +172,8 @@ class TATokOutput(ModelOutput):
         codebook_loss (`torch.FloatTensor`, *optional*): Mean squared distance, a code's coordinate from the encoder's,
             which moves the codebook's projection alone.
         commitment_loss (`torch.FloatTensor`, *optional*): The same number, which moves the encoder alone.
+        alike_loss (`torch.FloatTensor`, *optional*): Mean squared distance, an encoder's coordinate from the mean of
+            those of its kind. Where its weight is not 0.
         entropy_loss (`torch.FloatTensor`, *optional*): Entropy of a token's distribution over the codes, less that of
             the batch's, -log K..0. Where its weight is not 0.
         hidden_states (`tuple[torch.FloatTensor]`, *optional*): Vision tower states, with `output_hidden_states=True`.
@@ -175,15 +187,36 @@ class TATokOutput(ModelOutput):
     feature_loss: torch.FloatTensor | None = None
     codebook_loss: torch.FloatTensor | None = None
     commitment_loss: torch.FloatTensor | None = None
+    alike_loss: torch.FloatTensor | None = None
     entropy_loss: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
+@lru_cache(maxsize=1)
 def multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for products of bfloat16 matrices, which it is fast at then."""
+    """
+    Whether the CPU multiplies matrices in bfloat16 faster than in float32.
+
+    With AMX it does. With the bfloat16 products of AVX-512 alone some do and others take twice as long, so there it is
+    timed, once, which takes some milliseconds.
+    """
     able = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.12
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    if able.get("amx_bf16") or not able.get("avx512_bf16"):
+        return bool(able.get("amx_bf16"))
+    return _product_seconds(torch.bfloat16) < 0.8 * _product_seconds(torch.float32)
+
+
+@torch.inference_mode()
+def _product_seconds(dtype, side=512, times=5):
+    """Of one product of two square matrices, the fastest of several."""
+    matrix = torch.ones(side, side, dtype=dtype)
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 class TATokCodebook(NamedTuple):
@@ -417,6 +450,14 @@ class TATokDecoder(_LibraryInitialization, Siglip2VisionModel):
         return self.post_layernorm(self.encoder(inputs_embeds=hidden_states).last_hidden_state)
 
 
+def mean_of_kind(z: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
+    """Vectors (B, N, D) and numbers (B, N) from 0 of their kinds -> for each the mean of its kind (B, N, D)."""
+    flat, numbers = z.flatten(0, 1), kinds.flatten()
+    counts = numbers.bincount()
+    means = flat.new_zeros(len(counts), flat.shape[1]).index_add(0, numbers, flat) / counts[:, None]
+    return means[kinds]
+
+
 class TATokPreTrainedModel(_LibraryInitialization, PreTrainedModel):
     config: TATokConfig
     base_model_prefix = "ta_tok"
@@ -584,6 +625,7 @@ class TATokModel(TATokPreTrainedModel):
         temperature: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         teacher_features: torch.FloatTensor | None = None,
+        token_kinds: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TATokOutput:
         """
@@ -594,9 +636,12 @@ class TATokModel(TATokPreTrainedModel):
             teacher_features (`torch.FloatTensor` of shape `(B, N, C)`, *optional*): What the features should be, up to
                 their lengths: the teacher's hidden states, pooled by [`~TATokModel.pool`]. With them the output has a
                 loss (paper, section 3.1).
+            token_kinds (`torch.LongTensor` of shape `(B, N)`, *optional*): Any numbers, the same for tokens whose
+                pieces of a picture look alike; for a loss with `rarity_weighting` or `alike_loss_weight`.
 
         Raises:
-            `ValueError`: as in `encode`, or teacher's features of another shape than the features.
+            `ValueError`: as in `encode`, teacher's features of another shape than the features, or no kinds where the
+                loss needs them.
         """
         self._require("decoder")
         self._check_pixels(pixel_values, scale)
@@ -609,7 +654,11 @@ class TATokModel(TATokPreTrainedModel):
             passed_on = straight + (vectors - straight).detach()
         features = self._decode_vectors(passed_on)
         return TATokOutput(
-            **({} if teacher_features is None else self._losses(features, teacher_features, codes, vectors, z)),
+            **(
+                {}
+                if teacher_features is None
+                else self._losses(features, teacher_features, codes, vectors, z, token_kinds)
+            ),
             codes=codes,
             pre_quantized=pre_quantized,
             features=features,
@@ -617,7 +666,7 @@ class TATokModel(TATokPreTrainedModel):
             attentions=encoder_outputs.attentions,
         )
 
-    def _losses(self, features, teacher_features, codes, vectors, z):
+    def _losses(self, features, teacher_features, codes, vectors, z, token_kinds):
         """Features and the teacher's (B, N, C), codes (B, N), their vectors and the encoder's (B, N, D) -> the loss and
         its parts."""
         if teacher_features.shape != features.shape:
@@ -626,7 +675,10 @@ class TATokModel(TATokPreTrainedModel):
                 f"{tuple(teacher_features.shape)}: pool(hidden_states, scale) brings them to a scale"
             )
         config, vectors = self.config, vectors.float()
-        weights = self._token_weights(codes)
+        if token_kinds is None and (config.rarity_weighting or config.alike_loss_weight):
+            raise ValueError("a loss with rarity_weighting or alike_loss_weight needs token_kinds")
+        kinds = None if token_kinds is None else token_kinds.unique(return_inverse=True)[1]
+        weights = self._token_weights(codes, kinds)
         cosines = F.cosine_similarity(features.float(), teacher_features.float(), dim=-1)
         losses = {
             "feature_loss": 1 - (weights * cosines).mean(),
@@ -635,6 +687,10 @@ class TATokModel(TATokPreTrainedModel):
         }
         loss = losses["feature_loss"] + config.codebook_loss_weight * losses["codebook_loss"]
         loss = loss + config.commitment_loss_weight * losses["commitment_loss"]
+        if config.alike_loss_weight:
+            # Unweighted: what looks alike most is plain ground, whose tokens weigh little elsewhere.
+            losses["alike_loss"] = (z - mean_of_kind(z, kinds)).square().mean()
+            loss = loss + config.alike_loss_weight * losses["alike_loss"]
         if config.entropy_loss_weight:
             losses["entropy_loss"] = self.quantizer.entropy_loss(
                 z.flatten(0, 1), config.entropy_loss_temperature, weights.flatten()
@@ -642,10 +698,11 @@ class TATokModel(TATokPreTrainedModel):
             loss = loss + config.entropy_loss_weight * losses["entropy_loss"]
         return {"loss": loss, **losses}
 
-    def _token_weights(self, codes):
-        """Codes (B, N) -> weights (B, N) of mean 1."""
-        counts = torch.bincount(codes.flatten(), minlength=self.config.codebook_size)
-        weights = counts[codes].float() ** -self.config.frequency_weighting
+    def _token_weights(self, codes, kinds=None):
+        """Codes (B, N) and kinds, where there are any -> weights (B, N) of mean 1."""
+        weights = codes.flatten().bincount()[codes].float() ** -self.config.frequency_weighting
+        if self.config.rarity_weighting:
+            weights = weights * kinds.flatten().bincount()[kinds].float() ** -self.config.rarity_weighting
         return weights / weights.mean()
 
     def _require(self, half):

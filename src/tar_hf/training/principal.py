@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from tar_hf.modeling.modeling_ta_tok import TATokModel
+from tar_hf.training.alike import one_of_each, shared_by_alike
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,13 @@ class Principal:
 
 
 @torch.no_grad()
-def spread_over_codes(model: TATokModel, pre_quantized: torch.Tensor, directions: int, seed: int = 0):
+def spread_over_codes(
+    model: TATokModel,
+    pre_quantized: torch.Tensor,
+    directions: int,
+    seed: int = 0,
+    kinds: torch.Tensor | None = None,
+):
     """
     Sets the bottleneck of a fresh TA-Tok so that its features fall on many codes from the first step on.
 
@@ -59,8 +66,13 @@ def spread_over_codes(model: TATokModel, pre_quantized: torch.Tensor, directions
         pre_quantized (`torch.FloatTensor` of shape `(T, C)`): A sample of what the model gives before the bottleneck.
         directions (`int`): Dimensions of that space, at most C, D and K - 1.
         seed (`int`, *optional*, defaults to `0`): Draws how the codebook lies in it.
+        kinds (`torch.LongTensor` of shape `(T,)`, *optional*): Numbers of patches that look alike. With them the
+            coordinates are those of what such patches share.
     """
-    pre_quantized = pre_quantized.cpu()
+    pre_quantized, shared = pre_quantized.cpu(), torch.eye(pre_quantized.shape[-1])
+    if kinds is not None:
+        shared = shared_by_alike(pre_quantized, kinds)
+        pre_quantized = one_of_each(pre_quantized, kinds) @ shared
     embeddings = model.quantizer.embedding.weight.cpu().double()
     limit = min(pre_quantized.shape[-1], embeddings.shape[1], embeddings.shape[0] - 1)
     if not 1 <= directions <= limit:
@@ -71,7 +83,7 @@ def spread_over_codes(model: TATokModel, pre_quantized: torch.Tensor, directions
 
     whitening = Principal.of(pre_quantized).whitening(1)[:, :directions].double()
     coordinates = pre_quantized.double() @ whitening
-    _set(model.in_proj, space @ whitening.mT, torch.zeros_like(space[:, 0]))
+    _set(model.in_proj, space @ (shared.double() @ whitening).mT, torch.zeros_like(space[:, 0]))
 
     mean = embeddings.mean(0)
     spread = Principal.of(embeddings - mean).whitening(1).double() @ turn  # embeddings -> uncorrelated coordinates

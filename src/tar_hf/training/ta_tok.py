@@ -33,6 +33,7 @@ from tar_hf.conversion.ta_tok import write_ta_tok_card
 from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
 from tar_hf.modeling.modeling_ta_tok import TATokConfig, TATokModel
 from tar_hf.pipelines.tar_repository import named_model
+from tar_hf.training.alike import look_alike, one_of_each, shared_by_alike
 from tar_hf.training.code_usage import CodeUsage
 from tar_hf.training.codebook import METRICS, representative_rows
 from tar_hf.training.models import check_kind, check_scale_weights
@@ -50,6 +51,8 @@ LOSS_FIELDS = (
     "entropy_loss_weight",
     "entropy_loss_temperature",
     "frequency_weighting",
+    "rarity_weighting",
+    "alike_loss_weight",
 )
 # Of Siglip2VisionConfig: those that neither the teacher, the language model nor `decoder_layers` decides on.
 DECODER_FIELDS = (
@@ -88,13 +91,17 @@ class TATokModelRecipe:
             instead of taking the nearest.
         temperature (`float`, *optional*, defaults to `0.03`): Of these draws; kept in the checkpoint.
         codebook_loss_weight, commitment_loss_weight, entropy_loss_weight, entropy_loss_temperature,
-            frequency_weighting: See `TATokConfig`.
+            frequency_weighting, rarity_weighting, alike_loss_weight: See `TATokConfig`. Tokens look alike here whose
+            pixels do, and those half a patch around.
         whitening (`float`, *optional*, defaults to `0.0`): Evens out the variances of the teacher's features before
             they are taught, by this power of their deviation: at 1 every principal direction counts alike.
         principal_directions (`int`, *optional*, defaults to `0`): Starts a new bottleneck so that the features' largest
             principal directions, this many, spread over the codes, see `spread_over_codes`.
-        sample_size (`int`, *optional*, defaults to `256`): How many of the first pictures these two are measured on, in
-            batches of 16.
+        content_only (`bool`, *optional*, defaults to `False`): Takes out of what is taught, and of where a new
+            bottleneck starts, what differs between patches that look alike: where they are, and what else the picture
+            shows. By a linear map, see `shared_by_alike`.
+        sample_size (`int`, *optional*, defaults to `256`): How many of the first pictures these three are measured on,
+            in batches of 16.
         attn_implementation (`str`, *optional*): `eager`, `sdpa`, `flash_attention_2`; by default the library's choice.
     """
 
@@ -115,8 +122,11 @@ class TATokModelRecipe:
     entropy_loss_weight: float | int = 0.0
     entropy_loss_temperature: float | int = 0.01
     frequency_weighting: float | int = 0.0
+    rarity_weighting: float | int = 0.0
+    alike_loss_weight: float | int = 0.0
     whitening: float | int = 0.0
     principal_directions: int = 0
+    content_only: bool = False
     sample_size: int = 256
     attn_implementation: str | None = None
 
@@ -138,7 +148,7 @@ class TATokModelRecipe:
         for name in ("temperature", "entropy_loss_temperature"):
             if getattr(self, name) <= 0:
                 raise RecipeError(f"model.{name} must be above 0, got {getattr(self, name)}")
-        for name in ("codebook_loss_weight", "commitment_loss_weight", "entropy_loss_weight", "frequency_weighting"):
+        for name in (name for name in LOSS_FIELDS if name != "entropy_loss_temperature"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"model.{name} must not be below 0, got {getattr(self, name)}")
         if not 0 <= self.whitening <= 1:
@@ -322,7 +332,8 @@ class TATokTrainer(TarTrainer):
         teacher (`Teacher`): Frozen, and no part of what is saved.
         recipe (`TATokRecipe`): The run's recipe.
         codebook (`dict`, *optional*): Which words the codes are; written beside every checkpoint.
-        principal (`Principal`, *optional*): Of the teacher's features, where the recipe has them whitened.
+        taught (`torch.FloatTensor` of shape `(C, C)`, *optional*): Turns the teacher's features, from the right, into
+            what is taught.
     """
 
     loss_is_scaled_for_ga = False  # means over the tokens of a batch
@@ -333,17 +344,15 @@ class TATokTrainer(TarTrainer):
         teacher: Teacher,
         recipe: TATokRecipe,
         codebook: dict | None = None,
-        principal: Principal | None = None,
+        taught: torch.Tensor | None = None,
         **kwargs,
     ):
         super().__init__(*args, recipe=recipe, **kwargs)
         self.teacher = teacher.to(self.args.device)
-        self.whitening = None
-        if principal is not None:
-            # The first process's: of a stream, each has measured other pictures.
-            self.whitening = broadcast(principal.whitening(recipe.model.whitening).to(self.args.device))
+        # The first process's: of a stream, each has measured other pictures.
+        self.taught = None if taught is None else broadcast(taught.to(self.args.device))
         self.codebook = codebook
-        self.metric_names = ["cosine_loss", "codebook_loss", "commitment_loss", "entropy_loss"]
+        self.metric_names = ["cosine_loss", "codebook_loss", "commitment_loss", "alike_loss", "entropy_loss"]
         self.metric_names += [f"cosine_loss_scale{scale}" for scale in recipe.scale_weights]
         self.code_usage = CodeUsage(self.model.config.codebook_size, self.args.device)
 
@@ -352,17 +361,20 @@ class TATokTrainer(TarTrainer):
         scale = self.draw_scale(self.recipe.scale_weights)
         with torch.no_grad(), self.accelerator.autocast():
             teacher_features = TATokModel.pool(self.teacher(pixel_values).last_hidden_state, scale)
-        if self.whitening is not None:
-            teacher_features = teacher_features.float() @ self.whitening
-        sampling = {}
+        if self.taught is not None:
+            teacher_features = teacher_features.float() @ self.taught
+        options = {}
         if self.recipe.model.stochastic and self.model.training:
             generators = self.row_generators(len(pixel_values))
-            sampling = {"do_sample": True, "temperature": self.recipe.model.temperature, "generator": generators}
-        output = model(pixel_values, scale=scale, teacher_features=teacher_features, **sampling)
+            options |= {"do_sample": True, "temperature": self.recipe.model.temperature, "generator": generators}
+        if self.recipe.model.rarity_weighting or self.recipe.model.alike_loss_weight:
+            size = self.teacher.config.patch_size * scale
+            options["token_kinds"] = look_alike(pixel_values, size, surroundings=self.teacher.config.patch_size // 2)
+        output = model(pixel_values, scale=scale, teacher_features=teacher_features, **options)
 
         self.track("cosine_loss", output.feature_loss)
         self.track(f"cosine_loss_scale{scale}", output.feature_loss)
-        for name in ("codebook_loss", "commitment_loss", "entropy_loss"):
+        for name in ("codebook_loss", "commitment_loss", "alike_loss", "entropy_loss"):
             if output.get(name) is not None:
                 self.track(name, output[name])
         if self.model.training:
@@ -411,15 +423,15 @@ def build(recipe: TATokRecipe) -> TATokTrainer:
         processor = TATokImageProcessor.from_pretrained(options.init_from)
     _configure(model, recipe)
     train_dataset, eval_dataset = open_data(recipe.data, arguments, PixelTransform(processor), reader=read_images)
-    principal = None
-    if options.whitening or options.principal_directions:
-        principal = _measure(recipe, model, teacher, train_dataset, arguments.device)
+    taught = None
+    if options.whitening or options.principal_directions or options.content_only:
+        taught = _measure(recipe, model, teacher, train_dataset, arguments.device)
     return TATokTrainer(
         model=model,
         teacher=teacher,
         recipe=recipe,
         codebook=codebook,
-        principal=principal if options.whitening else None,
+        taught=taught if options.whitening or options.content_only else None,
         args=arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -435,27 +447,49 @@ def train(recipe: TATokRecipe) -> Path:
 
 @torch.no_grad()
 def _measure(recipe, model, teacher, dataset, device):
-    """The principal directions of the teacher's features, on the run's first pictures; spreads a new bottleneck."""
+    """The map (C, C) from the teacher's features to what is taught, by the run's first pictures; spreads a new
+    bottleneck."""
     options = recipe.model
     # What a stream leaves to other processes is None.
     samples = (sample["pixel_values"] for sample in dataset if sample is not None)
-    taught, pre_quantized = [], []
+    features, pre_quantized, looks, size = [], [], [], teacher.config.patch_size
+    generator = torch.Generator().manual_seed(recipe.seed)
     for _ in range(-(-options.sample_size // 16)):
-        if not (pictures := list(islice(samples, 16))):
+        if not (batch := list(islice(samples, 16))):
             break
-        pixel_values = torch.stack(pictures)
-        taught.append(teacher(pixel_values).last_hidden_state.flatten(0, 1))
+        pixel_values = torch.stack(batch)
+        if options.content_only:  # moved pictures show the same patches in other places
+            pixel_values = torch.cat([pixel_values, *_moved(pixel_values, size, generator)])
+            looks.append(look_alike(pixel_values, size, surroundings=size).flatten())
+        features.append(teacher(pixel_values).last_hidden_state.flatten(0, 1))
         if options.principal_directions:
             pre_quantized.append(model.encode_head(model.encoder(pixel_values).last_hidden_state).flatten(0, 1))
-    if options.principal_directions:
+    features = torch.cat(features)
+    taught, kinds = torch.eye(features.shape[-1]).to(features), None
+    if options.content_only:
+        kinds = torch.cat(looks).unique(return_inverse=True)[1]
         try:
-            spread_over_codes(model, torch.cat(pre_quantized), options.principal_directions, recipe.seed)
+            taught = shared_by_alike(features, kinds)
         except ValueError as error:
-            raise RecipeError(f"model.{error}") from error
-        # The first process's: of a stream, each has measured other pictures.
-        for weight in (*model.in_proj.parameters(), *model.quantizer.embedding_proj.parameters()):
-            weight.copy_(broadcast(weight.to(device)))
-    return Principal.of(torch.cat(taught))
+            raise RecipeError(f"model.content_only: {error}, raise model.sample_size") from error
+        features = one_of_each(features, kinds)
+    try:
+        if options.principal_directions:
+            spread_over_codes(model, torch.cat(pre_quantized), options.principal_directions, recipe.seed, kinds)
+            # The first process's: of a stream, each has measured other pictures.
+            for weight in (*model.in_proj.parameters(), *model.quantizer.embedding_proj.parameters()):
+                weight.copy_(broadcast(weight.to(device)))
+    except ValueError as error:
+        raise RecipeError(f"model.{error}") from error
+    return taught @ Principal.of(features @ taught).whitening(options.whitening)
+
+
+def _moved(pixel_values, patch_size, generator, times=2):
+    """Each time all pictures (B, 3, S, S) moved by whole patches, what leaves on one side coming in on the other."""
+    side = pixel_values.shape[-1] // patch_size
+    for _ in range(times):
+        steps = torch.randint(side, (2,), generator=generator).tolist()
+        yield pixel_values.roll([step * patch_size for step in steps], (2, 3))
 
 
 def _public(path: str) -> str:

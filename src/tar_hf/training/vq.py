@@ -22,6 +22,8 @@ from torch import nn
 from transformers import JanusVQVAE, JanusVQVAEConfig, default_data_collator, set_seed
 from transformers.utils import ModelOutput
 
+from tar_hf.modeling.modeling_ta_tok import mean_of_kind
+from tar_hf.training.alike import look_alike
 from tar_hf.training.code_usage import CodeUsage
 from tar_hf.training.recipe import Recipe, RecipeError
 from tar_hf.training.rows import BadRow, Row, open_image, read_images, square_pixels
@@ -41,6 +43,9 @@ class VQModelRecipe:
             codes' towards the encoder has the weight 1.
         entropy_loss_weight (`float`, *optional*, defaults to `0.0`): Of a term that spreads a batch over the codes.
         entropy_loss_temperature (`float`, *optional*, defaults to `0.05`): Of the softmax over cosines in that term.
+        alike_loss_weight (`float`, *optional*, defaults to `0.0`): Of the latents' squared distance from the mean of
+            those whose pixels, and those half a token around, are the same. Norms over a whole picture make plain
+            ground of each another token otherwise, which is most of what AR-DTok then has to guess.
         continuous_steps (`int`, *optional*, defaults to `0`): For how many steps latents pass as they are. The codebook
             then starts from the clusters of a batch instead of from random vectors, which most of the latents are far
             from.
@@ -54,14 +59,16 @@ class VQModelRecipe:
     commitment_loss_weight: float | int = 0.25
     entropy_loss_weight: float | int = 0.0
     entropy_loss_temperature: float | int = 0.05
+    alike_loss_weight: float | int = 0.0
     continuous_steps: int = 0
     crop_size: int | None = None
 
     def __post_init__(self):
         if self.init_from is not None and self.config:
             raise RecipeError("model needs either config, for a new autoencoder, or init_from, got both")
-        if self.continuous_steps < 0:
-            raise RecipeError(f"model.continuous_steps must not be below 0, got {self.continuous_steps}")
+        for name in ("alike_loss_weight", "continuous_steps"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"model.{name} must not be below 0, got {getattr(self, name)}")
         known = {field.name for field in dataclasses.fields(JanusVQVAEConfig)}
         if unknown := [key for key in self.config if key not in known]:
             raise RecipeError(f"model.config.{unknown[0]} is no field of JanusVQVAEConfig")
@@ -82,7 +89,7 @@ class VQOutput(ModelOutput):
         loss (`torch.FloatTensor`): What is minimised.
         ids (`torch.LongTensor` of shape `(B, M)`): The tokens.
         pixels (`torch.FloatTensor` of shape `(B, 3, H, H)`): The reconstruction, nominally 0..1.
-        l1_loss, mse_loss, codebook_loss, entropy_loss (`torch.FloatTensor`): Parts of the loss, unweighted.
+        l1_loss, mse_loss, codebook_loss, entropy_loss, alike_loss (`torch.FloatTensor`): Parts of the loss, unweighted.
     """
 
     loss: torch.FloatTensor | None = None
@@ -92,6 +99,7 @@ class VQOutput(ModelOutput):
     mse_loss: torch.FloatTensor | None = None
     codebook_loss: torch.FloatTensor | None = None
     entropy_loss: torch.FloatTensor | None = None
+    alike_loss: torch.FloatTensor | None = None
 
 
 class TrainableVQVAE(JanusVQVAE):
@@ -100,6 +108,11 @@ class TrainableVQVAE(JanusVQVAE):
     def latents(self, pixels: torch.FloatTensor) -> torch.FloatTensor:
         """Pixels (B, 3, H, H) in 0..1 -> normalised latents (B, M, D) in float32: cosines decide on the tokens."""
         return F.normalize(self.quant_conv(self.encoder(pixels * 2 - 1)).float().flatten(2).mT, dim=-1)
+
+    def looks(self, pixels: torch.FloatTensor) -> torch.LongTensor:
+        """Pixels (B, 3, H, H) in 0..1 -> a number for each token (B, M), the same for those that look alike."""
+        size = 2 ** (len(self.config.channel_multiplier) - 1)
+        return look_alike(pixels * 2 - 1, size, surroundings=size // 2)
 
     @torch.no_grad()
     def start_codebook(self, latents: torch.FloatTensor):
@@ -111,22 +124,33 @@ class TrainableVQVAE(JanusVQVAE):
         """Pixels (B, 3, H, H) in 0..1 -> tokens, reconstruction and losses; `continuous` leaves the tokens out."""
         z = self.latents(pixels)
         if continuous:
-            decoded, l1_loss, mse_loss = self._decode(z, pixels)
-            return VQOutput(l1_loss + options.mse_weight * mse_loss, None, decoded, l1_loss, mse_loss)
+            parts, ids, vectors, loss = {}, None, z, 0.0
+        else:
+            parts, ids, vectors, loss = self._quantize(z, options)
+        if options.alike_loss_weight:
+            kinds = self.looks(pixels).unique(return_inverse=True)[1]
+            parts["alike_loss"] = (z - mean_of_kind(z, kinds)).square().mean()
+            loss = loss + options.alike_loss_weight * parts["alike_loss"]
+        decoded, l1_loss, mse_loss = self._decode(vectors, pixels)
+        loss = loss + l1_loss + options.mse_weight * mse_loss
+        return VQOutput(loss, ids, decoded, l1_loss, mse_loss, **parts)
+
+    def _quantize(self, z, options):
+        """Latents (B, M, D) -> parts of the loss, tokens (B, M), their vectors with a gradient straight through to the
+        latents (B, M, D), and the loss."""
         with torch.autocast(z.device.type, enabled=False):
             codebook = F.normalize(self.quantize.embedding.weight.float(), dim=-1)
             cosines = z.flatten(0, 1) @ codebook.mT
-            ids = cosines.argmax(-1)
-            codes = codebook[ids].view_as(z)
+            ids = cosines.argmax(-1).view(z.shape[:2])
+            codes = codebook[ids]
             codebook_loss = (codes - z.detach()).square().mean()
             commitment_loss = (z - codes.detach()).square().mean()
             entropy_loss = self._entropy_loss(cosines / options.entropy_loss_temperature)
-        decoded, l1_loss, mse_loss = self._decode(z + (codes - z).detach(), pixels)  # straight through
-        loss = l1_loss + options.mse_weight * mse_loss + codebook_loss
-        loss = loss + options.commitment_loss_weight * commitment_loss
+        loss = codebook_loss + options.commitment_loss_weight * commitment_loss
         if options.entropy_loss_weight:
             loss = loss + options.entropy_loss_weight * entropy_loss
-        return VQOutput(loss, ids.view(z.shape[:2]), decoded, l1_loss, mse_loss, codebook_loss, entropy_loss)
+        parts = {"codebook_loss": codebook_loss, "entropy_loss": entropy_loss}
+        return parts, ids, z + (codes - z).detach(), loss
 
     def _decode(self, vectors, pixels):
         """Vectors (B, M, D) -> the reconstruction of pixels, and its absolute and squared errors."""
@@ -142,22 +166,26 @@ class TrainableVQVAE(JanusVQVAE):
         return torch.special.entr(probabilities).sum(-1).mean() - torch.special.entr(probabilities.mean(0)).sum()
 
 
-def cluster_directions(vectors: torch.FloatTensor, count: int, iterations: int = 20) -> torch.FloatTensor:
+def cluster_directions(vectors: torch.FloatTensor, count: int, iterations: int = 10) -> torch.FloatTensor:
     """
     Unit vectors (T, D) -> the directions (count, D) of their clusters by spherical k-means.
 
-    It starts from evenly spaced ones of them, so that it draws nothing, and a cluster that loses all its vectors goes
-    to one that is far from its own centre.
+    It starts from the first vector and, one by one, the farthest from those before: most of what a picture shows is
+    plain ground, which would get most of the clusters if they started anywhere. So it draws nothing. A cluster that
+    loses all its vectors stays where it is.
     """
     if len(vectors) < count:
         raise ValueError(f"{count} clusters need as many vectors, got {len(vectors)}: take a larger batch")
-    centres = vectors[torch.linspace(0, len(vectors) - 1, count, device=vectors.device).long()].clone()
+    chosen, nearest = [0], vectors @ vectors[0]
+    while len(chosen) < count:
+        chosen.append(int(nearest.argmin()))
+        nearest = torch.maximum(nearest, vectors @ vectors[chosen[-1]])
+    centres = vectors[chosen].clone()
     for _ in range(iterations):
-        cosines, nearest = (vectors @ centres.mT).max(-1)
+        nearest = (vectors @ centres.mT).argmax(-1)
         sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
         empty = torch.bincount(nearest, minlength=count) == 0
-        sums[empty] = vectors[cosines.argsort()[: empty.sum()]]
-        centres = F.normalize(sums, dim=-1)
+        centres = F.normalize(torch.where(empty[:, None], centres, sums), dim=-1)
     return centres
 
 
@@ -189,7 +217,7 @@ class SquareTransform:
 class VQTrainer(TarTrainer):
     """Trains the autoencoder. Logged: the parts of the loss, the share of codes in use, their perplexity."""
 
-    metric_names = ("l1_loss", "mse_loss", "codebook_loss", "entropy_loss")
+    metric_names = ("l1_loss", "mse_loss", "codebook_loss", "entropy_loss", "alike_loss")
     loss_is_scaled_for_ga = False  # means over the pixels and tokens of a batch
 
     def __init__(self, *args, **kwargs):
