@@ -323,6 +323,28 @@ def test_large_float32_codebooks_are_searched_in_bfloat16_first(normalized, monk
     assert multiplies_bfloat16() in (True, False)
 
 
+@pytest.mark.parametrize(
+    ("able", "bfloat16", "float32", "expected"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, None, None, True),
+        ({"avx512_bf16": True}, 1.0, 2.0, True),
+        ({"avx512_bf16": True}, 2.0, 1.0, False),  # as where a virtual machine hides AMX
+        ({"avx512_bf16": True}, 1.0, 1.0, False),
+        ({}, None, None, False),
+    ],
+)
+def test_bfloat16_is_for_cpus_that_are_faster_in_it(able, bfloat16, float32, expected, monkeypatch):
+    """Timed only where what the CPU has does not tell."""
+    seconds = {torch.bfloat16: bfloat16, torch.float32: float32}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(modeling_ta_tok, "_product_seconds", lambda dtype: seconds[dtype])
+    multiplies_bfloat16.cache_clear()
+    try:
+        assert multiplies_bfloat16() is expected
+    finally:
+        multiplies_bfloat16.cache_clear()
+
+
 def test_search_holds_no_tokens_times_codes_matrix():
     module, z = quantizer(codes=20000, dim=8), vectors(count=4000, dim=8)
     module.codebook()

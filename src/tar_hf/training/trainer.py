@@ -228,7 +228,7 @@ def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
     if options.get("bf16") == "auto":
         options["bf16"] = fast_bfloat16(options["use_cpu"])
     elif options.get("bf16") and options["use_cpu"] and not multiplies_bfloat16():
-        logger.warning("this CPU emulates bfloat16: a step may take ten times as long as with training.bf16=false")
+        logger.warning("this CPU is slower in bfloat16: a step may take ten times as long as with training.bf16=false")
     # Every process reads its own share: nothing is read by one and sent to the others.
     options["accelerator_config"] = {"dispatch_batches": False, **(options.get("accelerator_config") or {})}
     try:
@@ -260,7 +260,7 @@ def _evaluation_at_saves(options):
 
 
 def fast_bfloat16(use_cpu: bool = False) -> bool:
-    """Whether the accelerator, or the CPU where there is none or `use_cpu` is set, has instructions for bfloat16."""
+    """Whether bfloat16 is fast on the accelerator, or the CPU where there is none or `use_cpu` is set."""
     if torch.accelerator.is_available() and not use_cpu:
         return is_torch_bf16_gpu_available()
     return multiplies_bfloat16()
