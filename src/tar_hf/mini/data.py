@@ -145,6 +145,7 @@ def _image_to_text(draw, samples, scenes):
         return [scene], f"<image>\n{first}", *texts
     scene = next(scenes)
     if kind < 0.6:
+        scene = max(scene, next(scenes), key=lambda one: len(one.things))  # the more there is to tell, the harder
         return [scene], f"<image>\n{world.DESCRIBE}", world.describe(scene)
     rounds = [world.questions(scene, draw) for _ in range(4)]
     asked = {question: answer for turns in rounds for kind, question, answer in turns if kind != "description"}
