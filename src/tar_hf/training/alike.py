@@ -10,6 +10,8 @@ Shapes: B pictures, S x S pixels, N patches of each, T of all; C the width of a 
 import torch
 import torch.nn.functional as F
 
+from tar_hf.modeling.modeling_ta_tok import mean_of_kind
+
 
 def look_alike(pixel_values: torch.Tensor, patch_size: int, surroundings: int = 0) -> torch.Tensor:
     """
@@ -44,11 +46,10 @@ def shared_by_alike(features: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor
     counts = kinds.bincount()
     if (counts < 2).all():
         raise ValueError("no two patches of the sample look alike")
-    means = features.new_zeros(len(counts), features.shape[1]).index_add_(0, kinds, features)
-    means = means / counts.clamp(min=1)[:, None]
+    means = mean_of_kind(features[None], kinds[None])[0]
     several = counts[kinds] > 1  # a single one is its own mean
     counts = counts[kinds][several].double()
-    apart = (features - means[kinds])[several] * (counts / (counts - 1)).sqrt()[:, None]
+    apart = (features - means)[several] * (counts / (counts - 1)).sqrt()[:, None]
     within, whole = apart.mT @ apart / len(apart), features.mT @ features / len(features)
     whole += torch.eye(len(whole)).to(whole) * whole.trace() / len(whole) / 100  # as in `Principal.whitening`
     return torch.linalg.solve(whole, whole - within).float().to(device)
