@@ -138,8 +138,23 @@ def test_image_to_image_changes_what_it_says():
     assert {(t.color, t.x) for t in world.recolor(SCENE, "green").things} == {("green", 30), ("green", 60)}
     single = Scene((Thing("circle", "red", 20, 60, 48),), "black")
     both = world.beside(single, "left of", "square", draw)
-    assert both.things[1] == single.things[0] and world.holds("left of", both.things[0], both.things[1])
+    assert both.things[1] == single.things[0] and world.holds_plainly("left of", both.things[0], both.things[1])
     assert world.beside(Scene((Thing("circle", "red", 20, 12, 48),), "black"), "left of", "square", draw) is None
+
+
+@pytest.mark.parametrize("relation", world.RELATIONS)
+def test_what_is_asked_for_in_a_relation_is_drawn_plainly(relation):
+    """Level, or one higher than the other as a whole: a diagonal would do for the scorer, and says it less clearly."""
+    draw = random.Random(0)
+    wish = Wish(((1, None, "circle"), (1, None, "square")), relation)
+    for _ in range(50):
+        one, other = world.fulfil(wish, draw).things
+        assert world.holds(relation, one, other)
+        if relation in ("left of", "right of"):
+            assert abs(one.box[1] - other.box[1]) <= world.LEVEL
+        else:
+            upper, lower = sorted((one, other), key=lambda thing: thing.y)
+            assert upper.box[3] + world.GAP <= lower.box[1]
 
 
 def test_a_wrong_claim_differs_in_one_word_mostly_in_the_place():

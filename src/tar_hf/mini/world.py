@@ -22,6 +22,7 @@ CANVAS = 96
 SIZES = (18, 36)
 GAP, BORDER = 4, 2
 RELATION_DISTANCE = 20  # between centres, along the axis that a relation is about
+LEVEL = 5  # between the tops of things that are drawn beside each other
 
 SHAPES = ("circle", "square", "triangle")
 COLORS = {
@@ -202,7 +203,7 @@ def fulfil(wish: Wish, draw: random.Random) -> Scene:
         named += [(shape, color or draw.choice(list(COLORS))) for _ in range(count)]
     while True:
         things = place(named, draw)
-        if wish.relation is None or holds(wish.relation, things[0], things[1]):
+        if wish.relation is None or holds_plainly(wish.relation, things[0], things[1]):
             return Scene(tuple(things), background)
 
 
@@ -235,6 +236,20 @@ def holds(relation: str, one: Thing, other: Thing) -> bool:
     """Whether `one` is `relation` `other`, by at least 20 pixels between their centres."""
     axis, sign = RELATIONS[relation]
     return (getattr(one, axis) - getattr(other, axis)) * sign >= RELATION_DISTANCE
+
+
+def holds_plainly(relation: str, one: Thing, other: Thing) -> bool:
+    """
+    Whether `one` is `relation` `other` as one would draw it: level with it, or all of it higher or lower.
+
+    What is drawn row by row has then the left and the upper thing first, and only these. A diagonal holds, too, but
+    takes knowing in which column each of them is.
+    """
+    if not holds(relation, one, other):
+        return False
+    if RELATIONS[relation][0] == "x":
+        return abs(one.box[1] - other.box[1]) <= LEVEL
+    return abs(one.y - other.y) >= (one.size + other.size) / 2 + GAP
 
 
 # What can be asked
@@ -388,7 +403,7 @@ def beside(scene: Scene, relation: str, shape: str, draw: random.Random) -> Scen
     (thing,) = scene.things
     for _ in range(200):
         (new,) = place([(shape, draw.choice(list(COLORS)))], draw)
-        if apart(new, thing) and holds(relation, new, thing):
+        if apart(new, thing) and holds_plainly(relation, new, thing):
             return replace(scene, things=(new, thing))
     return None
 
