@@ -106,9 +106,25 @@ def test_answers_to_pictures_are_about_them():
         else:
             assert len(turns) == 1
     # A description alone, so that no answer behind can be read from it, or each kind of question up to four times.
-    assert lengths[1] == pytest.approx(0.43 * sum(lengths.values()), rel=0.3) and len(lengths) > 5
+    assert lengths[1] == pytest.approx(0.46 * sum(lengths.values()), rel=0.3) and len(lengths) > 5
     assert {question for question, _ in answers} >= {world.DESCRIBE, world.COUNT}
     assert all(answers.values()) and sum(answers.values()) > 200
+
+
+def test_claims_of_places_come_alone_and_half_of_them_are_true():
+    claims = Counter()
+    for row in islice(data.conversations("train"), 3000):
+        turns = turns_of(row)
+        question, answer = turns[0]
+        if (
+            len(row["image"]) == 1
+            and len(turns) == 1
+            and any(f" {relation} " in question for relation in world.RELATIONS)
+        ):
+            if question.startswith(f"<image>\n{MATCHES[:20]}"):
+                claims[answer] += 1
+    assert sum(claims.values()) > 60
+    assert claims["yes"] == pytest.approx(0.5 * sum(claims.values()), rel=0.35)
 
 
 def test_claims_of_two_pictures_are_true_or_not():

@@ -7,6 +7,7 @@ import io
 import json
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -131,12 +132,14 @@ def _image_to_text(draw, samples, scenes):
     The description, or whether it matches prompts, or many other questions, since a picture's codes are most of what
     the row costs.
 
-    One of the three: behind a description all answers can be read from it, and nothing has to be seen.
+    One of these: behind a description all answers can be read from it, and nothing has to be seen.
     """
     kind = draw.random()
     if kind < 0.1:
         return _claim_of_two(draw, samples, scenes)
-    if kind < 0.3:
+    if kind < 0.2:
+        return _claim_of_places(draw, samples)
+    if kind < 0.35:
         claims = []
         while not claims:
             scene = next(samples)[2] if draw.random() < 0.5 else next(scenes)
@@ -144,7 +147,7 @@ def _image_to_text(draw, samples, scenes):
         first, *texts = (text for claim in claims for text in claim)
         return [scene], f"<image>\n{first}", *texts
     scene = next(scenes)
-    if kind < 0.6:
+    if kind < 0.65:
         scene = max(scene, next(scenes), key=lambda one: len(one.things))  # the more there is to tell, the harder
         return [scene], f"<image>\n{world.DESCRIBE}", world.describe(scene)
     rounds = [world.questions(scene, draw) for _ in range(4)]
@@ -172,6 +175,17 @@ def claims_about(scene: Scene, split: str, draw: random.Random) -> list[tuple[st
         if len(claims) == CLAIMS:
             break
     return claims
+
+
+def _claim_of_places(draw, samples):
+    """Whether things stand as a prompt says; no other claim before it, from which the answer would follow."""
+    while True:
+        _, wish, scene = next(sample for sample in samples if sample[1].relation)
+        if draw.random() < 0.5:
+            wish = replace(wish, relation=draw.choice([other for other in RELATIONS if other != wish.relation]))
+        if prompt := world.say(wish, world.split_of(world.scene_key(scene)), draw):
+            answer = "yes" if scorer.fulfils(scene, wish) else "no"
+            return [scene], f"<image>\n{MATCHES.format(prompt)}", answer
 
 
 def _claim_of_two(draw, samples, scenes):
