@@ -59,13 +59,14 @@ def test_conversations_are_of_five_kinds_in_proportion():
 
 def test_prompts_that_tell_a_whole_scene():
     told = Counter()
-    for row in islice(data.conversations("validation"), 400):
+    # Of training: most of what a scene of another split could be told by belongs to training, and is not said.
+    for row in islice(data.conversations("train"), 600):
         (question, answer), *_ = turns_of(row)
         if answer == "<image>" and "<image>" not in question:
             (scene,) = row["image"]
             names = [world.name_group(count, *thing) for thing, count in scene.contents.items()]
             told[all(name in question for name in names)] += 1
-    assert 0.25 < told[True] / sum(told.values()) < 0.6  # and those that name all that they ask for
+    assert 0.45 < told[True] / sum(told.values()) < 0.7  # and those that name all that they ask for
 
 
 def test_what_is_told_belongs_to_the_scenes_split():

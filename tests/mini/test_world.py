@@ -157,6 +157,15 @@ def test_what_is_asked_for_in_a_relation_is_drawn_plainly(relation):
             assert upper.box[3] + world.GAP <= lower.box[1]
 
 
+def test_a_wrong_claim_may_exchange_numbers_or_colors():
+    draw = random.Random(0)
+    wish = Wish(((1, "red", "circle"), (2, "blue", "square")), background="white")
+    others = {world.altered(wish, draw) for _ in range(400)}
+    assert Wish(((2, "red", "circle"), (1, "blue", "square")), background="white") in others
+    assert Wish(((1, "blue", "circle"), (2, "red", "square")), background="white") in others
+    assert wish not in others
+
+
 def test_a_wrong_claim_differs_in_one_word_mostly_in_the_place():
     draw = random.Random(0)
     wish = Wish(((1, "red", "circle"), (1, "blue", "square")), "left of", "white")

@@ -330,14 +330,17 @@ def claim(scene: Scene, draw: random.Random) -> Wish:
 
 
 def altered(wish: Wish, draw: random.Random) -> Wish:
-    """The wish with one word of it another: a number, color, shape, place or canvas, or with a group more or less."""
+    """
+    The wish with one word of it another: a number, color, shape, place or canvas, or with a group more or less; or, where
+    it names no place, with the numbers or colors of two groups exchanged, which words alone do not tell apart.
+    """
     while True:
         groups, relation, background = list(wish.groups), wish.relation, wish.background
         i = draw.randrange(len(groups))
         count, color, shape = groups[i]
         # Where there is a relation it is what a prompt is about, and the hardest to judge.
         kinds = ("count", "count", "color", "shape", "more", "less", "background", *("relation",) * 7)
-        change = draw.choice(kinds if relation else kinds[:7])
+        change = draw.choice(kinds if relation else (*kinds[:7], *("exchange",) * 3))
         if change == "count":
             groups[i] = (count + draw.choice((-1, 1)), color, shape)
         elif change == "color" and color:
@@ -349,6 +352,12 @@ def altered(wish: Wish, draw: random.Random) -> Wish:
             groups.insert(draw.randint(0, len(groups)), new)
         elif change == "less":
             del groups[i]
+        elif change == "exchange" and len(groups) > 1:
+            j = draw.choice([other for other in range(len(groups)) if other != i])
+            word = draw.randrange(2)  # the number or the color
+            one, two = list(groups[i]), list(groups[j])
+            one[word], two[word] = two[word], one[word]
+            groups[i], groups[j] = tuple(one), tuple(two)
         elif change == "relation" and relation:
             relation = draw.choice(list(RELATIONS))
         elif change == "background" and background:
