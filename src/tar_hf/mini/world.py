@@ -331,8 +331,9 @@ def claim(scene: Scene, draw: random.Random) -> Wish:
 
 def altered(wish: Wish, draw: random.Random) -> Wish:
     """
-    The wish with one word of it another: a number, color, shape, place or canvas, or with a group more or less; or, where
-    it names no place, with the numbers or colors of two groups exchanged, which words alone do not tell apart.
+    The wish with one word of it another: a number, color, shape, place or canvas, or with a group more or less.
+
+    Or, where it names no place, with the numbers or colors of two groups exchanged: the same words are then in it.
     """
     while True:
         groups, relation, background = list(wish.groups), wish.relation, wish.background
