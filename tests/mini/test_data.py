@@ -117,13 +117,9 @@ def test_claims_of_places_come_alone_and_half_of_them_are_true():
     for row in islice(data.conversations("train"), 3000):
         turns = turns_of(row)
         question, answer = turns[0]
-        if (
-            len(row["image"]) == 1
-            and len(turns) == 1
-            and any(f" {relation} " in question for relation in world.RELATIONS)
-        ):
-            if question.startswith(f"<image>\n{MATCHES[:20]}"):
-                claims[answer] += 1
+        alone = len(row["image"]) == len(turns) == 1 and question.startswith(f"<image>\n{MATCHES[:20]}")
+        if alone and any(f" {relation} " in question for relation in world.RELATIONS):
+            claims[answer] += 1
     assert sum(claims.values()) > 60
     assert claims["yes"] == pytest.approx(0.5 * sum(claims.values()), rel=0.35)
 

@@ -228,8 +228,11 @@ def place(named: list[tuple[str, str]], draw: random.Random) -> list[Thing]:
 
 def apart(one: Thing, other: Thing) -> bool:
     """Whether the boxes are at least the gap apart, along one axis or the other."""
-    reach = (one.size + other.size) / 2 + GAP
-    return abs(one.x - other.x) >= reach or abs(one.y - other.y) >= reach
+    return _apart_along("x", one, other) or _apart_along("y", one, other)
+
+
+def _apart_along(axis, one, other):
+    return abs(getattr(one, axis) - getattr(other, axis)) >= (one.size + other.size) / 2 + GAP
 
 
 def holds(relation: str, one: Thing, other: Thing) -> bool:
@@ -242,14 +245,12 @@ def holds_plainly(relation: str, one: Thing, other: Thing) -> bool:
     """
     Whether `one` is `relation` `other` as one would draw it: level with it, or all of it higher or lower.
 
-    What is drawn row by row has then the left and the upper thing first, and only these. A diagonal holds, too, but
-    takes knowing in which column each of them is.
+    Drawn row by row, the upper thing then comes first, and of two that are level mostly the left one. A diagonal holds,
+    too, but takes knowing in which column each of them is.
     """
-    if not holds(relation, one, other):
-        return False
-    if RELATIONS[relation][0] == "x":
-        return abs(one.box[1] - other.box[1]) <= LEVEL
-    return abs(one.y - other.y) >= (one.size + other.size) / 2 + GAP
+    axis, _ = RELATIONS[relation]
+    plain = abs(one.box[1] - other.box[1]) <= LEVEL if axis == "x" else _apart_along(axis, one, other)
+    return plain and holds(relation, one, other)
 
 
 # What can be asked
@@ -339,9 +340,9 @@ def altered(wish: Wish, draw: random.Random) -> Wish:
         groups, relation, background = list(wish.groups), wish.relation, wish.background
         i = draw.randrange(len(groups))
         count, color, shape = groups[i]
+        kinds = ("count", "count", "color", "shape", "more", "less", "background")
         # Where there is a relation it is what a prompt is about, and the hardest to judge.
-        kinds = ("count", "count", "color", "shape", "more", "less", "background", *("relation",) * 7)
-        change = draw.choice(kinds if relation else (*kinds[:7], *("exchange",) * 3))
+        change = draw.choice((*kinds, *(("relation",) * 7 if relation else ("exchange",) * 3)))
         if change == "count":
             groups[i] = (count + draw.choice((-1, 1)), color, shape)
         elif change == "color" and color:
@@ -355,11 +356,11 @@ def altered(wish: Wish, draw: random.Random) -> Wish:
             del groups[i]
         elif change == "exchange" and len(groups) > 1:
             j = draw.choice([other for other in range(len(groups)) if other != i])
-            word = draw.randrange(2)  # the number or the color
-            one, two = list(groups[i]), list(groups[j])
-            one[word], two[word] = two[word], one[word]
-            groups[i], groups[j] = tuple(one), tuple(two)
-        elif change == "relation" and relation:
+            counts, colors, shapes = map(list, zip(*groups, strict=True))
+            words = draw.choice((counts, colors))
+            words[i], words[j] = words[j], words[i]
+            groups = list(zip(counts, colors, shapes, strict=True))
+        elif change == "relation":
             relation = draw.choice(list(RELATIONS))
         elif change == "background" and background:
             background = draw.choice(list(BACKGROUNDS))
