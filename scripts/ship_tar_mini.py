@@ -13,7 +13,6 @@ from tar_hf.mini import INDEX, WEIGHTS
 
 PACKAGE = WEIGHTS.parents[1]
 MEGABYTES = 20  # without the code
-OF_A_RUN = ("trainer_state.json",)  # what training leaves beside the system
 
 
 def ship(source: Path, weights: Path = WEIGHTS):
@@ -28,7 +27,7 @@ def ship(source: Path, weights: Path = WEIGHTS):
     target = weights / source.name
     kind = TarPipeline if source.name == "tar-mini" else TarDiffusionDeTokPipeline
     kind.from_pretrained(source)
-    files = sorted(file for file in source.rglob("*") if file.is_file() and file.name not in OF_A_RUN)
+    files = sorted(file for file in source.rglob("*") if file.is_file())
     code = {file: own_file(file) for file in files if file.suffix == ".py"}
     if (size := sum(file.stat().st_size for file in files if file not in code)) > MEGABYTES * 1e6:
         raise ValueError(f"expected at most {MEGABYTES} MB, got {size / 1e6:.1f} in {source}")

@@ -138,6 +138,7 @@ def test_all_stages_of_tiny_models(tmp_path, monkeypatch, capsys):
     assert isinstance(pipe.generate_text(world.COUNT, images=world.render(next(world.scenes("test")))), str)
     stored = load_file(folder / "model.safetensors").values()
     assert {tensor.dtype for tensor in stored} == {torch.bfloat16} and pipe.model.dtype == torch.float32
+    assert (out / "reflect" / train.LOG).exists() and not [*folder.rglob(train.LOG)]
     found = gates(out)
     assert list(found) == list(STAGES) and all(entry["passed"] for entry in found.values())
     assert found["codes"]["missing_rows"] == 0 and found["vq"]["needed"] == {"reconstruction": "at least 0"}

@@ -29,6 +29,7 @@ GATES_FILE = "gates.json"
 STARTED = "started-with"  # folder of a run with a file for each stage: what its recipes said when it began
 RESULT = "tar-mini"  # the folder with the whole system
 DIFFUSION_RESULT = "tar-mini-diffusion"  # that with the other de-tokenizer
+LOG = "trainer_state.json"  # of a stage's steps: kept in its folder, and left out of the system
 TICK = 30.0  # seconds between notes of the time that a stage has taken, which a killed process leaves behind
 
 Progress = Callable[[str, str, dict], None]
@@ -472,7 +473,7 @@ def _assemble(recipe):
         folders = []
         for name, kind in kinds.items():
             folder = Path(temporary) / name
-            shutil.copytree(name, folder, ignore=shutil.ignore_patterns(*IGNORED))
+            shutil.copytree(name, folder, ignore=shutil.ignore_patterns(*IGNORED, LOG))
             if name in recipe.bfloat16:
                 kind.from_pretrained(name, dtype=torch.bfloat16).save_pretrained(folder)
                 _compute_in_float32(folder / "config.json")
@@ -498,7 +499,7 @@ def _assemble_diffusion(recipe):
     shutil.rmtree(DIFFUSION_RESULT, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=".") as temporary:
         folder = Path(temporary) / DIFFUSION_RESULT
-        shutil.copytree("diffusion-detok", folder, ignore=shutil.ignore_patterns(*IGNORED))
+        shutil.copytree("diffusion-detok", folder, ignore=shutil.ignore_patterns(*IGNORED, LOG))
         pipe = TarDiffusionDeTokPipeline.from_pretrained("diffusion-detok", torch_dtype=torch.bfloat16)
         pipe.save_pretrained(folder)
         folder.rename(DIFFUSION_RESULT)
