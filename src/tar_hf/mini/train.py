@@ -463,7 +463,6 @@ def _assemble(recipe):
     from transformers import AutoModelForCausalLM
 
     from tar_hf.conversion.assemble import assemble
-    from tar_hf.conversion.publish import IGNORED
     from tar_hf.modeling.modeling_ar_detok import ARDeTokForCausalLM
     from tar_hf.modeling.modeling_ta_tok import TATokModel
 
@@ -473,12 +472,19 @@ def _assemble(recipe):
         folders = []
         for name, kind in kinds.items():
             folder = Path(temporary) / name
-            shutil.copytree(name, folder, ignore=shutil.ignore_patterns(*IGNORED, LOG))
+            _copy_part(name, folder)
             if name in recipe.bfloat16:
                 kind.from_pretrained(name, dtype=torch.bfloat16).save_pretrained(folder)
                 _compute_in_float32(folder / "config.json")
             folders.append(folder)
         assemble(RESULT, *folders)
+
+
+def _copy_part(name: str, folder: Path):
+    """What a stage has made, without its checkpoints and its log."""
+    from tar_hf.conversion.publish import IGNORED
+
+    shutil.copytree(name, folder, ignore=shutil.ignore_patterns(*IGNORED, LOG))
 
 
 def _compute_in_float32(file: Path):
@@ -493,13 +499,12 @@ def _assemble_diffusion(recipe):
 
     import torch
 
-    from tar_hf.conversion.publish import IGNORED
     from tar_hf.pipelines.pipeline_tar_diffusion_detok import TarDiffusionDeTokPipeline
 
     shutil.rmtree(DIFFUSION_RESULT, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=".") as temporary:
         folder = Path(temporary) / DIFFUSION_RESULT
-        shutil.copytree("diffusion-detok", folder, ignore=shutil.ignore_patterns(*IGNORED, LOG))
+        _copy_part("diffusion-detok", folder)
         pipe = TarDiffusionDeTokPipeline.from_pretrained("diffusion-detok", torch_dtype=torch.bfloat16)
         pipe.save_pretrained(folder)
         folder.rename(DIFFUSION_RESULT)
