@@ -10,9 +10,10 @@ from pathlib import Path
 
 from tar_hf import TarDiffusionDeTokPipeline, TarPipeline
 from tar_hf.mini import INDEX, WEIGHTS
+from tar_hf.mini.gates import megabytes
 
 PACKAGE = WEIGHTS.parents[1]
-MEGABYTES = 20  # without the code
+MEGABYTES = 20  # at most
 
 
 def ship(source: Path, weights: Path = WEIGHTS):
@@ -29,8 +30,8 @@ def ship(source: Path, weights: Path = WEIGHTS):
     kind.from_pretrained(source)
     files = sorted(file for file in source.rglob("*") if file.is_file())
     code = {file: own_file(file) for file in files if file.suffix == ".py"}
-    if (size := sum(file.stat().st_size for file in files if file not in code)) > MEGABYTES * 1e6:
-        raise ValueError(f"expected at most {MEGABYTES} MB, got {size / 1e6:.1f} in {source}")
+    if (size := megabytes(source)) > MEGABYTES:
+        raise ValueError(f"expected at most {MEGABYTES} MB, got {size:.1f} in {source}")
     shutil.rmtree(target, ignore_errors=True)
     for file in files:
         place = target / file.relative_to(source)
@@ -39,7 +40,7 @@ def ship(source: Path, weights: Path = WEIGHTS):
             place.symlink_to(os.path.relpath(code[file], place.parent))
         else:
             shutil.copyfile(file, place)
-    print(f"{target}: {size / 1e6:.1f} MB")
+    print(f"{target}: {size:.1f} MB")
 
 
 def own_file(file: Path) -> Path:

@@ -318,7 +318,7 @@ def probe_assemble(output: Path, recipe: MiniRecipe) -> dict[str, float]:
     pipe = TarPipeline.from_pretrained(folder)
     for part in ("model", "encoder", "decoder", "detokenizer", "image_processor"):
         getattr(pipe, part)
-    return {"megabytes": _megabytes(folder)}
+    return {"megabytes": megabytes(folder)}
 
 
 def probe_assemble_diffusion(output: Path, recipe: MiniRecipe) -> dict[str, float]:
@@ -331,7 +331,7 @@ def probe_assemble_diffusion(output: Path, recipe: MiniRecipe) -> dict[str, floa
     pipe = TarDiffusionDeTokPipeline.from_pretrained(folder, ta_tok=ta_tok)
     pipe.set_progress_bar_config(disable=True)
     pipe(codes=torch.zeros(ta_tok.config.num_tokens(min(ta_tok.config.scales)), dtype=torch.long)[None])
-    return {"megabytes": _megabytes(folder)}
+    return {"megabytes": megabytes(folder)}
 
 
 # The linear probe
@@ -444,8 +444,8 @@ def _rows(files) -> int:
     return sum(pq.read_metadata(file).num_rows for file in files)
 
 
-def _megabytes(folder):
-    """Without its code, of which the package has a copy already."""
+def megabytes(folder: Path) -> float:
+    """The size of a repository's files without its code, of which the package has a copy already."""
     files = (file for file in folder.rglob("*") if file.is_file() and file.suffix != ".py")
     return sum(file.stat().st_size for file in files) / 1e6
 
