@@ -141,6 +141,27 @@ def test_guided_logits_combine_the_two_rows(tiny):
     torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_behind_no_condition_one_row_is_computed_for_all(tiny, attention, monkeypatch):
+    tiny.set_attn_implementation(attention)
+    rows = []
+    forward = tiny.model.forward
+    monkeypatch.setattr(tiny.model, "forward", lambda **kwargs: _record(forward(**kwargs), rows))
+    condition = condition_of(3)
+    options = {"guidance_scale": 3.0, "use_cache": True, "output_hidden_states": True}
+    options["output_attentions"] = attention == "eager"
+    places = torch.arange(condition.shape[1]).expand(6, -1)
+    shared, each = tiny(condition=condition, **options), tiny(condition=condition, position_ids=places, **options)
+    assert rows == [4, 6]
+    torch.testing.assert_close(shared.logits, each.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(shared.hidden_states, each.hidden_states, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(shared.attentions, each.attentions, atol=1e-5, rtol=1e-5)
+    follow = {"input_ids": torch.tensor([[3], [1], [4]]), "guidance_scale": 3.0}
+    after = [tiny(past_key_values=output.past_key_values, **follow).logits for output in (shared, each)]
+    torch.testing.assert_close(*after, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("interval", [-1, 0, 3, 100])
 def test_unconditional_row_is_dropped_when_guidance_is_over(tiny, interval, cache, monkeypatch):
@@ -154,7 +175,8 @@ def test_unconditional_row_is_dropped_when_guidance_is_over(tiny, interval, cach
         return_dict_in_generate=True,
     )
     guided = 16 if interval == -1 else min(interval + 2, 16)
-    assert rows == [6] * guided + [3] * (16 - guided)
+    # Behind no condition all rows are alike, and one of them enough, where rows of the cache can be chosen.
+    assert rows == [6 if cache else 4] + [6] * (guided - 1) + [3] * (16 - guided)
     assert output.past_key_values.layers[0].keys.shape[0] == rows[-1]
 
 

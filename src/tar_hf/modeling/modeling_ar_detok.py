@@ -438,8 +438,13 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
             input_ids = labels[:, :-1]
         # The last prefix position predicts token 0: what stands before it predicts nothing.
         first = condition.shape[1] - 1 if condition is not None else 0
+        rows = None
         if guidance_scale is not None:
-            condition = None if condition is None else torch.cat([condition, torch.zeros_like(condition)])
+            if condition is not None:
+                # Behind no condition all rows are alike until their tokens come: one of them is computed for all.
+                if len(condition) > 1 and input_ids is None and _may_choose_rows(past_key_values, kwargs):
+                    rows = [*range(len(condition)), *[len(condition)] * len(condition)]
+                condition = torch.cat([condition, torch.zeros_like(condition if rows is None else condition[:1])])
             input_ids = None if input_ids is None else torch.cat([input_ids, input_ids])
 
         outputs = self.model(
@@ -449,6 +454,8 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        if rows is not None:
+            outputs = _chosen_rows(outputs, rows)
         hidden_states = outputs.last_hidden_state[:, first:]
         logits = self.lm_head(hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states)
         if guidance_scale is not None:
@@ -652,6 +659,28 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
         `kwargs` are the options of [`~ARDeTokForCausalLM.generate`], for instance `guidance_scale` and `temperature`.
         """
         return self.decode_ids(self.generate(features, generator=generator, **kwargs)).clamp(0, 1)
+
+
+def _may_choose_rows(past_key_values, options):
+    """Whether rows can be chosen of what a call leaves in the cache, and nothing in its options is of each row."""
+    plain = past_key_values is None or (type(past_key_values) is DynamicCache and not past_key_values.offloading)
+    return plain and all(options.get(name) is None for name in ("attention_mask", "position_ids"))
+
+
+def _chosen_rows(outputs, rows):
+    """What the decoder gives and leaves in the cache, of these rows, some of them more than once."""
+    if outputs.past_key_values is not None:
+        outputs.past_key_values.batch_select_indices(torch.tensor(rows))
+    hidden_states, attentions = (
+        None if of_layers is None else tuple(of_layer[rows] for of_layer in of_layers)
+        for of_layers in (outputs.hidden_states, outputs.attentions)
+    )
+    return BaseModelOutputWithPast(
+        last_hidden_state=outputs.last_hidden_state[rows],
+        past_key_values=outputs.past_key_values,
+        hidden_states=hidden_states,
+        attentions=attentions,
+    )
 
 
 @torch.no_grad()

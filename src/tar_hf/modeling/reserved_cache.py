@@ -35,6 +35,10 @@ class ReservedLayer(DynamicLayer):
         self.keys, self.values = (room[:, :, :length] for room in self.room)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices):
+        self.room = None  # before the rows are copied, so that both are not there at once in every layer
+        super().batch_select_indices(indices)
+
     def _in_room(self, length):
         """Whether what is held still lies at the head of the room: the library may have chosen or repeated rows."""
         return (
