@@ -157,6 +157,12 @@ def test_behind_no_condition_one_row_is_computed_for_all(tiny, attention, monkey
     torch.testing.assert_close(shared.logits, each.logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(shared.hidden_states, each.hidden_states, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(shared.attentions, each.attentions, atol=1e-5, rtol=1e-5)
+    if attention == "sdpa":
+        last = tiny(condition=condition, **{**options, "output_hidden_states": [1]}).hidden_states
+        assert last[0] is None and len(last[1]) == 6
+    pieces = tiny(condition=condition[:, :5], guidance_scale=3.0, use_cache=True)
+    pieces = tiny(condition=condition[:, 5:], past_key_values=pieces.past_key_values, guidance_scale=3.0)
+    torch.testing.assert_close(pieces.logits[:, -1], each.logits[:, -1], atol=1e-5, rtol=1e-5)
     follow = {"input_ids": torch.tensor([[3], [1], [4]]), "guidance_scale": 3.0}
     after = [tiny(past_key_values=output.past_key_values, **follow).logits for output in (shared, each)]
     torch.testing.assert_close(*after, atol=1e-5, rtol=1e-5)

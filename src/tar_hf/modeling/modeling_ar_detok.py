@@ -442,7 +442,8 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
         if guidance_scale is not None:
             if condition is not None:
                 # Behind no condition all rows are alike until their tokens come: one of them is computed for all.
-                if len(condition) > 1 and input_ids is None and _may_choose_rows(past_key_values, kwargs):
+                alike = input_ids is None and not self.training and _may_choose_rows(past_key_values, kwargs)
+                if alike and len(condition) > 1:
                     rows = [*range(len(condition)), *[len(condition)] * len(condition)]
                 condition = torch.cat([condition, torch.zeros_like(condition if rows is None else condition[:1])])
             input_ids = None if input_ids is None else torch.cat([input_ids, input_ids])
@@ -658,13 +659,18 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
 
         `kwargs` are the options of [`~ARDeTokForCausalLM.generate`], for instance `guidance_scale` and `temperature`.
         """
-        return self.decode_ids(self.generate(features, generator=generator, **kwargs)).clamp(0, 1)
+        drawn = self.generate(features, generator=generator, **kwargs)
+        return self.decode_ids(drawn if isinstance(drawn, torch.Tensor) else drawn.sequences).clamp(0, 1)
 
 
 def _may_choose_rows(past_key_values, options):
-    """Whether rows can be chosen of what a call leaves in the cache, and nothing in its options is of each row."""
-    plain = past_key_values is None or (type(past_key_values) is DynamicCache and not past_key_values.offloading)
-    return plain and all(options.get(name) is None for name in ("attention_mask", "position_ids"))
+    """Whether rows can be chosen of what a call leaves in a cache, and nothing that it gets is of each row yet."""
+    empty = past_key_values is None or (
+        type(past_key_values) is DynamicCache
+        and not past_key_values.offloading
+        and past_key_values.get_seq_length() == 0
+    )
+    return empty and all(options.get(name) is None for name in ("attention_mask", "position_ids"))
 
 
 def _chosen_rows(outputs, rows):
@@ -672,7 +678,7 @@ def _chosen_rows(outputs, rows):
     if outputs.past_key_values is not None:
         outputs.past_key_values.batch_select_indices(torch.tensor(rows))
     hidden_states, attentions = (
-        None if of_layers is None else tuple(of_layer[rows] for of_layer in of_layers)
+        None if of_layers is None else tuple(None if of_layer is None else of_layer[rows] for of_layer in of_layers)
         for of_layers in (outputs.hidden_states, outputs.attentions)
     )
     return BaseModelOutputWithPast(
