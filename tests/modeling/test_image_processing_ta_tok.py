@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 import textwrap
@@ -302,6 +303,17 @@ def test_a_phones_mpo_gives_its_main_picture(pixels, tmp_path):
     with Image.open(tmp_path / "photo.jpg") as photo:
         assert photo.format == "MPO" and photo.n_frames == 2
         assert_same(pixels(photo), training_pixels(photo.convert("RGB")))
+
+
+def test_a_psd_without_layers_gives_its_picture(pixels, tmp_path):
+    """Pillow counts the layers as frames, of which this one has none. It reads such files, and writes none."""
+    picture = COLOURS.convert("RGB")
+    header = struct.pack(">4sH6xHIIHH", b"8BPS", 1, 3, picture.height, picture.width, 8, 3)
+    planes = b"".join(band.tobytes() for band in picture.split())
+    (tmp_path / "flat.psd").write_bytes(header + bytes(12) + bytes(2) + planes)  # no palette, resources, layers; raw
+    with Image.open(tmp_path / "flat.psd") as image:
+        assert image.format == "PSD" and image.n_frames == 0
+        assert_same(pixels(image), training_pixels(picture))
 
 
 # The pixel limit

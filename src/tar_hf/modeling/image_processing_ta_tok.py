@@ -242,8 +242,9 @@ def _pil_to_rgb(image: Image.Image) -> np.ndarray:
     """(H, W, 3) uint8; see the class for what becomes of each mode."""
     name = _describe(image)
     try:
-        # A phone's MPO is one shot; its further frames are previews, depth or gain maps.
-        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        # A phone's MPO is one shot; its further frames are previews, depth or gain maps. Those of a PSD are the layers
+        # that it was made of.
+        frames = 1 if image.format in ("MPO", "PSD") else getattr(image, "n_frames", 1)
         if frames == 1:
             image.load()
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error...
