@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tar_hf.conversion import convert_llm
 from tar_hf.conversion.assemble import assemble
@@ -187,6 +187,15 @@ def test_diffusion_detokenizer(tar_repo, ta_tok_repo, diffusion_detok_repo, gold
     assert seen[-3:] == [("pixels", 1, 3), ("pixels", 2, 3), ("pixels", 3, 3)]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "of"),
+    [("bfloat16", torch.bfloat16), (torch.bfloat16, torch.bfloat16), ("auto", torch.float32), (None, torch.float32)],
+)
+def test_a_diffusion_detokenizer_has_the_type_that_is_asked_for(tar_repo, diffusion_detok_repo, dtype, of):
+    pipe = TarPipeline.from_pretrained(tar_repo, detokenizer=str(diffusion_detok_repo()), dtype=dtype)
+    assert pipe.detokenizer.transformer.dtype == pipe.detokenizer.vae.dtype == pipe.decoder.dtype == of
+
+
 def test_save_and_load(pipe, tmp_path, picture):
     pipe.save_pretrained(tmp_path)
     loaded = TarPipeline.from_pretrained(tmp_path)
@@ -288,6 +297,7 @@ def test_callback_sees_every_stage_and_interrupts(pipe, picture):
 # Wrong input
 
 TWO = torch.zeros(2, 3, 30, 30, dtype=torch.uint8)
+TWICE = GenerationConfig(num_beams=2, num_return_sequences=2)
 MARKED = [{"role": "user", "content": [{"type": "text", "text": "<image> What is it?"}]}]
 
 
@@ -299,10 +309,16 @@ MARKED = [{"role": "user", "content": [{"type": "text", "text": "<image> What is
         (lambda pipe, image: pipe("two <image> <image>", images=image), "2 <image> marks, but 1 images"),
         (lambda pipe, image: pipe("one <image>"), "1 <image> marks, but 0 images"),
         (lambda pipe, image: pipe(["a", "b"], images=[image]), "each of 2 prompts, got 1"),
+        (lambda pipe, image: pipe([None]), "not empty, got None"),
+        (lambda pipe, image: pipe.generate_text(["a"], images=image), "for a list of prompts images must be a list"),
+        (lambda pipe, image: pipe(["a", "b", "c"], images=TWO[0]), "an image, a list or None each, got Tensor"),
+        (lambda pipe, image: pipe("a", scale=3, top_p=95), r"top_p must be in 0\.\.1, where 1 is no limit, got 95"),
+        (lambda pipe, image: pipe("a", scale=3, top_p=float("nan")), "got nan"),
         (lambda pipe, image: pipe("a", scale=4), r"scale must be in 1\.\.3"),
         (lambda pipe, image: pipe("a", num_images_per_prompt=2, generator=seeds(1)), "each of 2 samples, got 1"),
         (lambda pipe, image: pipe("a", num_images_per_prompt=0), "num_images_per_prompt must be a positive"),
         (lambda pipe, image: pipe("spelt <I5>"), "must not spell visual tokens such as <I5>"),
+        (lambda pipe, image: pipe("spelt <S0>"), "must not spell visual tokens such as <S0>"),
         (lambda pipe, image: pipe("a", output_type="jpeg"), "output_type must be"),
         (lambda pipe, image: pipe("a", jacobi_window=1), "jacobi_window must be a number of tokens, at least 2"),
         (lambda pipe, image: pipe("a", prompt_guidance_scale=0.5), "prompt_guidance_scale must be at least 1, got 0.5"),
@@ -310,6 +326,7 @@ MARKED = [{"role": "user", "content": [{"type": "text", "text": "<image> What is
         (lambda pipe, image: pipe.generate_text("a", generator=seeds(1)), "do_sample=True"),
         (lambda pipe, image: pipe.generate_text("a", do_sample=True, num_beams=2), "num_beams=2 only goes with do_sam"),
         (lambda pipe, image: pipe.generate_text("a", num_return_sequences=2), "num_return_sequences=2: repeat the pr"),
+        (lambda pipe, image: pipe.generate_text("a", generation_config=TWICE), "num_return_sequences=2: repeat the pr"),
         (lambda pipe, image: pipe.generate_text("a", images=TWO), "expected one image for each <image>, got 2 for 1"),
         (lambda pipe, image: pipe.generate_text("a", images=[[image, image]]), "got 2 for 1: pass a list"),
         (lambda pipe, image: pipe.decode(torch.tensor([[512] * 81])), r"0\.\.511"),
@@ -349,9 +366,63 @@ def test_detokenizer_of_another_width_and_unknown_options(pipe):
         pipe("a cat", scale=3, temprature=1.0, callback=lambda *step: seen.append(step))
     with pytest.raises(ValueError, match="guidance_scale must be at least 1, which turns guidance off, got 0.5"):
         pipe("a cat", scale=3, guidance_scale=0.5, callback=lambda *step: seen.append(step))
+    for name in ("num_return_sequences", "condition"):
+        with pytest.raises(TypeError, match=f"has no option {name}"):
+            pipe("a cat", scale=3, callback=lambda *step: seen.append(step), **{name: 2})
     with pytest.raises(TypeError, match="callback uses stopping_criteria of the de-tokenizer: pass one of the two"):
         pipe("a cat", scale=3, stopping_criteria=[], callback=lambda *step: seen.append(step))
     assert not seen
+
+
+def test_a_detokenizer_of_ones_own_takes_what_it_says(pipe):
+    class Mean(torch.nn.Module):
+        def detokenize(self, features, generator=None, guidance_scale=1.0, gain=1.0):
+            return (features.mean((1, 2)).sigmoid() * gain)[:, None, None, None].expand(-1, 3, 8, 8)
+
+    class Any(Mean):
+        def detokenize(self, features, **options):
+            return super().detokenize(features, **options)
+
+    drawn, seen = [], []
+    for kind in (Mean, Any):
+        own = TarPipeline(pipe.model, pipe.tokenizer, ta_tok=pipe.decoder, detokenizer=kind())
+        options = {"scale": 3, "generator": seeds(0), "output_type": "pt", "gain": 0.5}
+        drawn.append(own("a cat", callback=lambda *step: seen.append(step), **options).images)
+    assert torch.equal(*drawn) and drawn[0].shape == (1, 3, 8, 8)
+    assert {stage for stage, *_ in seen} == {"codes"}
+    with pytest.raises(TypeError, match="Mean has no option gian"):
+        TarPipeline(pipe.model, pipe.tokenizer, ta_tok=pipe.decoder, detokenizer=Mean())("a cat", scale=3, gian=0.5)
+
+
+def test_what_reads_pictures_is_looked_for_before_any_is_drawn(pipe):
+    seen = []
+    own = TarPipeline(pipe.model, pipe.tokenizer, ta_tok=pipe.encoder, detokenizer=pipe.detokenizer)
+    with pytest.raises(ValueError, match="pass image_processor= too"):
+        own("a cat", scale=3, self_reflect=2, self_reflect_pictures=2, callback=lambda *step: seen.append(step))
+    assert not seen
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True}])
+def test_broken_weights_write_no_text(tar_repo, options):
+    broken = TarPipeline.from_pretrained(tar_repo)
+    broken.model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not numbers"):
+        broken.generate_text("Hello", max_new_tokens=2, **options)
+
+
+def test_an_output_with_more_than_the_tokens_is_taken(pipe):
+    text = pipe.generate_text("Hello", max_new_tokens=4)
+    assert pipe.generate_text("Hello", max_new_tokens=4, return_dict_in_generate=True, output_scores=True) == text
+    codes = torch.arange(81)[None]
+    images = [
+        pipe.decode(codes, generator=seeds(0), output_type="pt", return_dict_in_generate=more) for more in (False, True)
+    ]
+    assert torch.equal(*images)
+
+
+def test_whole_numbers_are_temperatures(pipe):
+    codes = [pipe("a cat", scale=3, temperature=value, generator=seeds(0)).codes for value in (1, 1.0)]
+    assert torch.equal(*codes)
 
 
 def test_bad_images_are_refused_before_any_is_encoded(pipe, picture, tmp_path):

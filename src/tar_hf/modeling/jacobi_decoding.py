@@ -36,7 +36,8 @@ class RowLayer(CacheLayerMixin):
         pass
 
     def update(self, key_states, value_states, *args, **kwargs):
-        index = self.places[:, None, :, None].expand_as(key_states)
+        # A model that is spread over devices has its layers' keys there, and moves what a call is given, not this.
+        index = self.places.to(key_states.device)[:, None, :, None].expand_as(key_states)
         self.keys.scatter_(2, index, key_states.to(self.keys.dtype))
         self.values.scatter_(2, index, value_states.to(self.values.dtype))
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
@@ -165,7 +166,8 @@ def jacobi_decoding(
         prefix = DynamicCache(config=model.config)
         options = {"guidance_scale": guidance_scale}
         first = model(condition=condition, past_key_values=prefix, use_cache=True, logits_to_keep=1, **options)
-        cache = RowCache(prefix, total + window, dtype=cache_dtype)
+        logits, cache = first.logits[:, -1], RowCache(prefix, total + window, dtype=cache_dtype)
+        del first, prefix  # a copy of which the cache holds
 
         def next_logits(tokens, columns):
             places = (prompt + columns).repeat(copies, 1)
@@ -184,7 +186,7 @@ def jacobi_decoding(
             shown = known
             return bool(stopping_criteria(tokens[:, :known], None).all())
 
-        tokens = jacobi_decode(first.logits[:, -1], next_logits, choose, total, window, on_step)
+        tokens = jacobi_decode(logits, next_logits, choose, total, window, on_step)
         numbers.check()
         if streamer is not None:
             streamer.end()

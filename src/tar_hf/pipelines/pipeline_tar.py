@@ -20,10 +20,10 @@ from .tar_reflection import Judge, choose
 from .tar_sampling import Callback, TextOnly, Watch, make_generators, report, watch_pixels
 
 try:
-    from tar_hf.modeling.seeded_decoding import draw_uniform, seeded_decoding
+    from tar_hf.modeling.seeded_decoding import NumbersOnly, draw_uniform, seeded_decoding
     from tar_hf.modeling.visual_vocabulary import IMAGE_START, SCALE
 except ImportError:  # in a Hub repository, where the files stand side by side
-    from .seeded_decoding import draw_uniform, seeded_decoding
+    from .seeded_decoding import NumbersOnly, draw_uniform, seeded_decoding
     from .visual_vocabulary import IMAGE_START, SCALE
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -270,6 +270,8 @@ class TarPipeline(TarParts):
             if isinstance(self.detokenizer, GenerationMixin):
                 kwargs["jacobi_window"] = jacobi_window
         self._check_detokenizer(guidance_scale, callback, kwargs)
+        if candidates > 1 and pictures > 1:
+            _ = self.image_processor  # raises where there is none, before anything is drawn
 
         given = self._read(images, image_scale, callback)
         rows = self._drawing_rows(prompts, given, scale)
@@ -430,19 +432,21 @@ class TarPipeline(TarParts):
     @torch.no_grad()
     def _write(self, rows, max_new_tokens, do_sample, generator, callback, **kwargs):
         ids, mask = self._pad(rows)
-        if kwargs.get("num_return_sequences", 1) != 1:
-            raise ValueError(
-                f"one answer is given for each prompt, num_return_sequences={kwargs['num_return_sequences']}: repeat "
-                "the prompt"
-            )
+        settings = kwargs.get("generation_config")
+        asked = {
+            name: kwargs.get(name) or getattr(settings, name, None) or 1
+            for name in ("num_return_sequences", "num_beams")
+        }
+        if (answers := asked["num_return_sequences"]) != 1:
+            raise ValueError(f"one answer is given for each prompt, num_return_sequences={answers}: repeat the prompt")
         if not do_sample and generator is not None:
             raise ValueError("generator only applies when text is sampled: pass do_sample=True")
         loop = None  # the library's own, with beams too
         if do_sample:
-            if kwargs.get("num_beams", 1) > 1:
+            if (beams := asked["num_beams"]) > 1:
                 raise ValueError(
-                    f"text is sampled token by token, each by its own generator: num_beams={kwargs['num_beams']} only "
-                    "goes with do_sample=False"
+                    f"text is sampled token by token, each by its own generator: num_beams={beams} only goes with "
+                    "do_sample=False"
                 )
             generators = make_generators(generator, len(rows))
             loop = seeded_decoding(
@@ -450,19 +454,22 @@ class TarPipeline(TarParts):
                 streamer=kwargs.get("streamer"),
             )
 
-        sequences = self.model.generate(
+        numbers = NumbersOnly()
+        written = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
             custom_generate=loop,
-            logits_processor=[TextOnly(self.vocabulary), *(kwargs.pop("logits_processor", None) or [])],
+            logits_processor=[numbers, TextOnly(self.vocabulary), *(kwargs.pop("logits_processor", None) or [])],
             stopping_criteria=[
                 Watch(callback, ids.shape[1], max_new_tokens),
                 *(kwargs.pop("stopping_criteria", None) or []),
             ],
             **kwargs,
         )
+        numbers.check()
+        sequences = written if isinstance(written, torch.Tensor) else written.sequences
         return self.tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
 
     # Prompts

@@ -36,7 +36,9 @@ LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 def code_warpers(temperature: float, top_p: float, top_k: int) -> LogitsProcessorList:
     """What sampling does to logits; `top_k=0` and `top_p=1` are no limits."""
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p must be in 0..1, where 1 is no limit, got {top_p}")
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
     if top_k:
         warpers.append(TopKLogitsWarper(top_k))
     if top_p < 1:
@@ -80,7 +82,7 @@ def draw_codes(
     """
     images, tokens = uniform.shape
     guided = guidance_scale is not None
-    uniform, sources = uniform.to(model.device), sources.to(model.device)
+    uniform, sources = uniform.to(model.device), sources.cpu()  # whose rows a cache may hold on several devices
     numbers = NumbersOnly()
 
     def twice(tensor):

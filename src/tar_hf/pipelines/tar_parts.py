@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from .tar_repository import PARTS, PARTS_FILE, RepoFolder, local_folder, named_model, read_parts, write_pipeline_code
-from .tar_sampling import known_options, watch_pixels
+from .tar_sampling import unknown_options, watch_pixels
 
 try:
     from tar_hf.modeling.packed_linear import pack_linears
@@ -270,10 +270,12 @@ class TarParts:
         if (folder / "model_index.json").is_file():
             from diffusers import DiffusionPipeline
 
-            dtype = {"torch_dtype": options["dtype"]} if "dtype" in options else {}
+            dtype = options.get("dtype")
+            if isinstance(dtype, str):  # which the models of transformers take
+                dtype = self.decoder.dtype if dtype == "auto" else getattr(torch, dtype)
             trust = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
             device = self.decoder.device if "device_map" in options else self.device
-            return DiffusionPipeline.from_pretrained(folder, ta_tok=None, **dtype, **trust).to(device)
+            return DiffusionPipeline.from_pretrained(folder, ta_tok=None, dtype=dtype, **trust).to(device)
         model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
         if not hasattr(model, "detokenize"):
             raise ValueError(f"{folder} holds no de-tokenizer but a {type(model).__name__}")
@@ -298,5 +300,5 @@ class TarParts:
                 f"the de-tokenizer draws from features of width {width}, but this TA-Tok makes "
                 f"{self.decoder.config.hidden_size}"
             )
-        if unknown := options.keys() - known_options(detokenizer):
+        if unknown := unknown_options(detokenizer, options):
             raise TypeError(f"{type(detokenizer).__name__} has no option {min(unknown)}")

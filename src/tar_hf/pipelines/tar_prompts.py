@@ -15,7 +15,7 @@ IMAGE = "<image>"
 DESCRIBE = "Describe the image shortly."
 VARIATION = "Generate an image similar to <image>"
 MATCHES = "Does this image match the description: {}? Answer yes or no."  # what a drawn image is judged by
-VISUAL_TEXT = re.compile(r"<I\d+>|<im_start>|<im_end>")
+VISUAL_TEXT = re.compile(r"<[IS]\d+>|<im_start>|<im_end>")
 
 
 def user_turns(text):
@@ -67,19 +67,22 @@ def as_lists(prompt, images):
     prompts = [prompt] if single else list(prompt)
     if not prompts:
         raise ValueError("expected at least one prompt, got none")
+    for text in prompts:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"a prompt must be text that is not empty, got {text!r}")
     if images is None:
         images = [None] * len(prompts)
     elif single:
         images = [images]
+    elif not isinstance(images, list | tuple) and getattr(images, "ndim", None) != 4:
+        kind = type(images).__name__
+        raise ValueError(f"for a list of prompts images must be a list with an image, a list or None each, got {kind}")
     if len(images) != len(prompts):
         raise ValueError(f"expected images for each of {len(prompts)} prompts, got {len(images)}")
     images = [[] if given is None else list(given) if isinstance(given, list | tuple) else [given] for given in images]
     marked = [
         text if IMAGE in text else f"{IMAGE}\n" * len(given) + text for text, given in zip(prompts, images, strict=True)
     ]
-    for text in prompts:
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"a prompt must be text that is not empty, got {text!r}")
     return marked, images, single
 
 

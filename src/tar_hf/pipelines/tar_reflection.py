@@ -12,6 +12,11 @@ from torch.nn.functional import cross_entropy
 from .tar_prompts import DESCRIBE, IMAGE, MATCHES, VARIATION, user_turns
 from .tar_sampling import make_generators
 
+try:
+    from tar_hf.modeling.seeded_decoding import NumbersOnly
+except ImportError:  # in a Hub repository, where the files stand side by side
+    from .seeded_decoding import NumbersOnly
+
 Request = tuple[str, list[torch.LongTensor]]  # a prompt, and the codes (N,) of its images
 DESCRIPTION_TOKENS = 64  # of a description at most
 
@@ -69,7 +74,11 @@ class Judge:
 
     def _of_each(self, score, codes):
         copies = len(codes) // len(self.requests)
-        return torch.stack([score(i // copies, drawn) for i, drawn in enumerate(codes)]).cpu()
+        scores = torch.stack([score(i // copies, drawn) for i, drawn in enumerate(codes)]).cpu()
+        numbers = NumbersOnly()
+        numbers(None, scores)
+        numbers.check()
+        return scores
 
     @torch.no_grad()
     def _log_likelihood(self, i, drawn):

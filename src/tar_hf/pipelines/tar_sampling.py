@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, StoppingCriteria
 
+STEP_END = "callback_on_step_end"  # how a pipeline of diffusers reports a step
 Callback = Callable[[str, int, int], object]  # stage, step, total; `False` interrupts
 
 
@@ -62,23 +63,35 @@ class Watch(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def known_options(detokenizer):
+def unknown_options(detokenizer, options: dict) -> set[str]:
+    """Those of the options that the de-tokenizer does not take, or that would not give one image for each condition."""
     if isinstance(detokenizer, GenerationMixin):
         known = GenerationConfig().to_dict().keys() | inspect.signature(detokenizer.generate).parameters.keys()
-        return known | inspect.signature(GenerationMixin.generate).parameters.keys()
-    method = detokenizer.__call__ if callable(detokenizer) else detokenizer.detokenize
-    return inspect.signature(method).parameters.keys()
+        known |= inspect.signature(GenerationMixin.generate).parameters.keys()
+        return options.keys() - (known - {"condition", "inputs", "num_return_sequences"})
+    parameters = _parameters(detokenizer)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return set()
+    return options.keys() - parameters.keys()
+
+
+def _parameters(detokenizer):
+    """Of what takes the options: `detokenize` of a pipeline of diffusers hands them on to its call."""
+    call = inspect.signature(detokenizer.__call__).parameters if callable(detokenizer) else {}
+    return call if STEP_END in call else inspect.signature(detokenizer.detokenize).parameters
 
 
 def watch_pixels(detokenizer, callback):
-    """How the de-tokenizer of either kind is made to report its steps."""
+    """How the de-tokenizer of either kind is made to report its steps; one of another kind does not."""
     if callback is None:
         return {}
     if isinstance(detokenizer, GenerationMixin):
         return {"stopping_criteria": [Watch(callback, 0, detokenizer.config.num_image_tokens, "pixels")]}
+    if STEP_END not in _parameters(detokenizer):
+        return {}
 
     def step_end(pipe, step, timestep, tensors):
         report(callback, "pixels", step + 1, pipe.num_timesteps)
         return tensors
 
-    return {"callback_on_step_end": step_end}
+    return {STEP_END: step_end}
