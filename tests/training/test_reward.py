@@ -92,9 +92,10 @@ def test_a_whole_repository_gives_a_whole_repository(reward_recipe):
 def test_equal_rewards_leave_the_supervised_rows_alone(reward_recipe):
     trainer = build(reward_recipe(tasks="all_alike"))
     trainer.model.train()
-    loss = trainer._reward_loss()
-    loss.backward()
-    assert loss == 0
+    losses = list(trainer._reward_losses())
+    for loss in losses:
+        loss.backward()
+    assert losses == [0, 0]
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in trainer.model.parameters())
 
 
@@ -102,19 +103,14 @@ def test_the_gradient_is_that_of_the_expected_reward(reward_recipe):
     """By hand, of the pictures that the trainer draws."""
     trainer = build(reward_recipe())
     trainer.model.train()
-    trainer._reward_loss().backward()
+    for loss in trainer._reward_losses():
+        loss.backward()
     got = trainer.model.get_output_embeddings().weight.grad.clone()
 
     trainer.model.zero_grad()
+    generators = trainer.row_generators(8)
     trainer.model.eval()
-    drawn = trainer.pipe(
-        list(PROMPTS),
-        scale=SCALE,
-        num_images_per_prompt=4,
-        top_p=1.0,
-        top_k=0,
-        generator=trainer.row_generators(8),
-    )
+    drawn = trainer.pipe(list(PROMPTS), scale=SCALE, num_images_per_prompt=4, top_p=1.0, top_k=0, generator=generators)
     rewards = torch.tensor([brightness(picture) for picture in drawn.images]).view(2, 4)
     for i, codes in enumerate(drawn.codes):
         logs = trainer.pipe.code_logits(PROMPTS[i // 4], codes[None], scale=SCALE)[0].log_softmax(-1)
@@ -122,6 +118,40 @@ def test_the_gradient_is_that_of_the_expected_reward(reward_recipe):
         advantage = (rewards.flatten()[i] - group.mean()) / (group.std(correction=0) + stage.STEADY)
         (-advantage * logs.gather(-1, codes[:, None]).sum() / drawn.codes.numel()).backward()
     torch.testing.assert_close(got, trainer.model.get_output_embeddings().weight.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_every_step_draws_pictures_of_its_own(reward_recipe, monkeypatch):
+    trainer = build(reward_recipe(learning_rate=0))  # the model stays, and so what it would draw from the same numbers
+    drawn, call = [], TarPipeline.__call__
+
+    def watch(pipe, *arguments, **options):
+        output = call(pipe, *arguments, **options)
+        drawn.append(output.codes)
+        return output
+
+    monkeypatch.setattr(TarPipeline, "__call__", watch)
+    run(trainer)
+    assert len(drawn) == 3 and len(torch.cat(drawn).unique(dim=0)) == 3 * 8
+
+
+def test_half_precision_draws_and_learns_in_it(reward_recipe, monkeypatch):
+    trainer = build(reward_recipe(bf16=True, max_steps=1))
+    seen = []
+
+    def watch(name):
+        inner = getattr(TarPipeline, name)
+
+        def watched(*arguments, **options):
+            seen.append((name, torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None))
+            return inner(*arguments, **options)
+
+        monkeypatch.setattr(TarPipeline, name, watched)
+
+    watch("_draw_codes")
+    watch("code_logits")
+    run(trainer)
+    assert seen == [("_draw_codes", torch.bfloat16)] + [("code_logits", torch.bfloat16)] * 2
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
 def test_a_killed_run_goes_on_as_an_unbroken_one(reward_recipe, kill, tmp_path):
@@ -139,7 +169,7 @@ def test_a_model_that_chooses_by_default_is_trained_on_all_that_it_draws(reward_
     for candidates in (1, 3):
         trainer = build(reward_recipe("out", f"model.self_reflect={candidates}"))
         trainer.model.train()
-        losses.append(trainer._reward_loss().item())
+        losses.append(sum(trainer._reward_losses()).item())
     assert losses[0] == losses[1] != 0
 
 

@@ -119,39 +119,47 @@ class RewardTrainer(LLMTrainer):
 
     def training_step(self, model, inputs, *args, **kwargs):
         loss = super().training_step(model, inputs, *args, **kwargs)
-        reward_loss = self.recipe.weight * self._reward_loss() / self.args.gradient_accumulation_steps
-        self.accelerator.backward(reward_loss)
-        return loss + reward_loss.detach()
+        for reward_loss in self._reward_losses():
+            reward_loss = self.recipe.weight * reward_loss / self.args.gradient_accumulation_steps
+            self.accelerator.backward(reward_loss)
+            loss = loss + reward_loss.detach()
+        return loss
 
-    def _reward_loss(self):
-        """Of pictures that are drawn here: the mean over codes of minus advantage times log-likelihood."""
+    def _reward_losses(self) -> Iterator[torch.Tensor]:
+        """
+        Of pictures that are drawn here: the mean over codes of minus advantage times log-likelihood, in parts that sum
+        up to it, a task each. The logits of all pictures would be gigabytes.
+        """
         recipe, (step, batch) = self.recipe, self._place
         tasks = list(islice(self.tasks(f"{self.args.seed}/{step}/{batch}"), recipe.prompts))
         prompts, images = [task.prompt for task in tasks], [task.images for task in tasks]
+        generators = self.row_generators(len(prompts) * recipe.group_size)  # of this step: before `eval`
         self.model.eval()
-        drawn = self.pipe(
-            prompts,
-            images=images,
-            scale=recipe.scale,
-            num_images_per_prompt=recipe.group_size,
-            self_reflect=1,  # what the model draws, not the best that it chooses
-            prompt_guidance_scale=1.0,  # as `code_logits` below
-            top_p=1.0,  # the whole distribution is what the gradient is of
-            top_k=0,
-            generator=self.row_generators(len(prompts) * recipe.group_size),
-        )
+        with self.accelerator.autocast():
+            drawn = self.pipe(
+                prompts,
+                images=images,
+                scale=recipe.scale,
+                num_images_per_prompt=recipe.group_size,
+                self_reflect=1,  # what the model draws, not the best that it chooses
+                prompt_guidance_scale=1.0,  # as `code_logits` below
+                top_p=1.0,  # the whole distribution is what the gradient is of
+                top_k=0,
+                generator=generators,
+            )
         self.model.train()
         rewards = [tasks[i // recipe.group_size].reward(picture) for i, picture in enumerate(drawn.images)]
         advantages, spread = group_advantages(torch.tensor(rewards, dtype=torch.float32).view(len(tasks), -1))
 
-        with self.compute_loss_context_manager():
-            logits = self.pipe.code_logits(prompts, drawn.codes, images=images, scale=recipe.scale)
-        logs = logits.float().log_softmax(-1)
-        chosen = logs.gather(-1, drawn.codes.to(logs.device)[..., None])[..., 0]
         self.track("reward", sum(rewards) / len(rewards))
         self.track("reward_spread", spread.mean())
-        self.track("entropy", -(logs.detach().exp() * logs.detach()).sum(-1).mean())
-        return -(advantages.view(-1, 1).to(logs.device) * chosen).mean()
+        for task, codes, advantage in zip(tasks, drawn.codes.chunk(len(tasks)), advantages, strict=True):
+            with self.accelerator.autocast():
+                logits = self.pipe.code_logits([task.prompt], codes, images=[task.images], scale=recipe.scale)
+            logs = logits.float().log_softmax(-1)
+            chosen = logs.gather(-1, codes.to(logs.device)[..., None])[..., 0]
+            self.track("entropy", -(logs.detach().exp() * logs.detach()).sum(-1).mean())
+            yield -(advantage[:, None].to(logs.device) * chosen).mean() / len(tasks)
 
 
 def group_advantages(rewards: torch.FloatTensor) -> tuple[torch.FloatTensor, torch.FloatTensor]:
