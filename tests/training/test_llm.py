@@ -313,3 +313,17 @@ def test_the_shipped_recipes_are_whole(name):
     assert options["lr_scheduler_type"] == "cosine" and options["warmup_steps"] == 0.03
     batch = 8 * options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
     assert batch == {"llm-pretrain": 1024, "llm-sft": 256, "llm-lora": 256}[name]
+
+
+def test_another_ta_tok_than_the_bases_own_is_refused(llm_recipe, tar_repo, ta_tok_repo, tmp_path):
+    """The result would have the base's, which means something else by the codes that were learnt."""
+    build(llm_recipe("own", f"model.ta_tok={ta_tok_repo()}"))
+    other = TATokModel.from_pretrained(tar_repo / "ta_tok")
+    with torch.no_grad():
+        for weight in other.quantizer.parameters():
+            weight += torch.randn_like(weight)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        RecipeError, match=r"model.ta_tok .*/other has other codes than the TA-Tok of .*, which the res"
+    ):
+        build(llm_recipe("other-run", f"model.ta_tok={tmp_path / 'other'}"))

@@ -121,6 +121,14 @@ def test_a_base_of_another_recipe_is_not_taken(llm_recipe, plain_llm, ta_tok_rep
     build(llm_recipe("out", *recipe, "model.attn_implementation=eager", base=plain_llm()))
 
 
+def test_a_base_that_was_half_written_is_written_anew(llm_recipe, plain_llm, ta_tok_repo, tmp_path):
+    unfinished = tmp_path / "out" / ".base-abc"
+    unfinished.mkdir(parents=True)
+    (unfinished / "model.safetensors").write_bytes(b"half")
+    build(llm_recipe("out", LORA, f"model.ta_tok={ta_tok_repo()}", "model.init=random", base=plain_llm()))
+    assert not unfinished.exists() and (tmp_path / "out" / "base" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("lora", "message"),
     [

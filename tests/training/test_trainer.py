@@ -1,16 +1,19 @@
 """What the stages share, on a language model of one layer that learns letters."""
 
+import dataclasses
 import json
 import random
 import shutil
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 import torch
+from huggingface_hub.dataclasses import strict
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tar_hf.training import trainer as training
-from tar_hf.training.recipe import Recipe, RecipeError, load_recipe
+from tar_hf.training.recipe import Recipe, RecipeError, load_recipe, show_recipe
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -133,6 +136,67 @@ def test_another_recipe_does_not_go_on(make):
     longer = make(max_steps=4)
     training.run(longer)
     assert longer.state.global_step == 4 and len(longer.seen) == 1
+
+
+def test_what_the_optimizers_state_keeps_cannot_change(make):
+    training.run(make(max_steps=3))
+    with pytest.raises(RecipeError, match=r"trained with training.learning_rate=5e-05, and this recipe says 0.1, but"):
+        training.run(make(learning_rate=0.1))
+    with pytest.raises(RecipeError, match=r"training.weight_decay=0.0, and this recipe says 0.3"):
+        training.run(make(weight_decay=0.3))
+    training.run(make(learning_rate=0.1, max_steps=3))  # finished: nothing is to change
+    training.run(make(learning_rate=5e-5, weight_decay=0, max_steps=4))  # the same, spelt out
+
+
+def test_intervals_are_those_of_the_call(make, tmp_path):
+    training.run(make(max_steps=3))
+    later = make(max_steps=8, save_steps=4, logging_steps=2)
+    training.run(later)
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {f"checkpoint-{i}" for i in (3, 4, 8)}
+    assert [log["step"] for log in later.state.log_history if "loss" in log] == [1, 2, 3, 4, 6, 8]
+
+
+def test_a_finished_run_without_checkpoints_is_left_alone(make, tmp_path):
+    training.run(make(save_strategy="no"))
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    again = make(save_strategy="no")
+    assert training.run(again) == tmp_path / "out" and not hasattr(again, "seen")
+    with pytest.raises(RecipeError, match="a finished run of 6 steps, and no checkpoint to go on from"):
+        training.run(make(max_steps=7))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_recipe_shows_what_its_stage_changes(tmp_path):
+    @strict
+    @dataclasses.dataclass(kw_only=True)
+    class SlowRecipe(Recipe):
+        training_defaults: ClassVar[dict] = {"learning_rate": 1e-6, "max_grad_norm": 0.5}
+
+    content = {"output_dir": str(tmp_path / "out"), "data": {"sources": [{"path": "rows"}]}}
+    assert load_recipe(SlowRecipe, content).training == {"learning_rate": 1e-6, "max_grad_norm": 0.5}
+    recipe = load_recipe(SlowRecipe, content, ["training.max_grad_norm=2"])
+    assert "  learning_rate: 1.0e-06\n  max_grad_norm: 2\n" in show_recipe(recipe)
+    arguments = training.training_arguments(recipe)
+    assert (arguments.learning_rate, arguments.max_grad_norm) == (1e-6, 2)
+
+
+def test_every_held_out_row_has_draws_of_its_own(make, tmp_path):
+    """The same at each evaluation, whatever was trained before."""
+    held_out = {"eval_sources": [{"path": str(tmp_path / "rows.jsonl"), "limit": "first:12"}]}
+    draws = {}
+    for output, accumulation in (("one", 1), ("four", 4)):
+        batch = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
+        trainer = make(output, data=held_out, per_device_eval_batch_size=4, max_steps=2, save_steps=1, **batch)
+        seen = trainer.seen = []
+        trainer.evaluate()
+        training.run(trainer)
+        evaluations = [numbers for *_, numbers, words in seen if len(numbers) == 4]
+        draws[output] = [number for numbers in evaluations[:3] for number in numbers]
+        assert len(set(draws[output])) == 12
+        trainer.seen = []
+        trainer.evaluate()
+        assert [number for *_, numbers, _ in trainer.seen for number in numbers] == draws[output]
+    assert draws["one"] == draws["four"]
 
 
 def test_checkpoints_of_weights_alone_do_not_go_on(make, kill, tmp_path):
@@ -319,6 +383,7 @@ def test_bfloat16_where_the_machine_is_fast_in_it(tmp_path, monkeypatch, caplog)
     [
         ({"learningrate": 1}, "training.learningrate is no field of TrainingArguments, did you mean learning_rate"),
         ({"output_dir": "x"}, "training.output_dir cannot be set here: say output_dir at the top"),
+        ({"push_to_hub": True}, "training.push_to_hub cannot be set here: upload the finished run with `tar-hf push`"),
         ({"train_sampling_strategy": "random"}, "training.train_sampling_strategy cannot be set here"),
         ({"bf16": "atuo"}, "training.bf16 must be true, false or auto, got 'atuo'"),
         ({"use_cpu": 1}, "training.use_cpu must be true or false, got 1"),

@@ -6,6 +6,7 @@ TA-Tok's codebook is made of its embeddings, and the language model of the whole
 import dataclasses
 import random
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -62,7 +63,14 @@ class LanguageRecipe(Recipe):
     model: dict
     data: TextsRecipe = dataclasses.field(default_factory=TextsRecipe)
 
+    training_defaults: ClassVar[dict] = {
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+    }
+
     def __post_init__(self):
+        super().__post_init__()
         known = {field.name for field in dataclasses.fields(Qwen2Config)}
         if unknown := [key for key in self.model if key not in known]:
             raise RecipeError(f"model.{unknown[0]} is no field of Qwen2Config")
@@ -136,7 +144,7 @@ class LanguageTrainer(TarTrainer):
 
 def build(recipe: LanguageRecipe) -> LanguageTrainer:
     """Makes tokenizer, model and texts. `RecipeError` for a recipe without `training.max_steps`."""
-    arguments = training_arguments(recipe, learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=0.05)
+    arguments = training_arguments(recipe)
     if arguments.max_steps <= 0:
         raise RecipeError("the language stage needs training.max_steps: its texts have no end")
     set_seed(recipe.seed)

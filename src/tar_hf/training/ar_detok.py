@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import random
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -148,7 +149,17 @@ class ARDeTokRecipe(Recipe):
     pretokenized: bool = False
     scale_weights: dict[int, float | int] = dataclasses.field(default_factory=SCALE_WEIGHTS.copy)
 
+    training_defaults: ClassVar[dict] = {
+        "learning_rate": 4e-4,
+        "weight_decay": 0.05,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "constant",
+    }
+
     def __post_init__(self):
+        super().__post_init__()
         check_scale_weights(self.scale_weights)
 
 
@@ -336,12 +347,6 @@ def build(recipe: ARDeTokRecipe) -> ARDeTokTrainer:
     """Everything that a recipe names, loaded and ready to train."""
     arguments = training_arguments(
         recipe,
-        learning_rate=4e-4,
-        weight_decay=0.05,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        lr_scheduler_type="constant",
         ddp_find_unused_parameters=False,  # every step uses all that is trained
         prediction_loss_only=True,  # the logits of a whole evaluation fill any memory
     )

@@ -10,6 +10,7 @@ Shapes: B pictures, H x H pixels, latents (B, c, h, h).
 import dataclasses
 import inspect
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from diffusers import AutoencoderDC
@@ -61,6 +62,13 @@ class DCAERecipe(Recipe):
 
     model: DCAEModelRecipe
 
+    training_defaults: ClassVar[dict] = {
+        "learning_rate": 1e-4,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "max_grad_norm": 1.0,
+    }
+
 
 class TrainableDC(AutoencoderDC):
     """`AutoencoderDC` with a forward that trains."""
@@ -86,6 +94,7 @@ class DCAETrainer(TarTrainer):
     """
 
     metric_names = ("l1_loss", "mse_loss")
+    takes_deepspeed = False
     loss_is_scaled_for_ga = False  # means over the pixels of a batch
 
     def __init__(self, *args, **kwargs):
@@ -134,7 +143,7 @@ def build(recipe: DCAERecipe) -> DCAETrainer:
 
     Raises `RecipeError`: a configuration that `AutoencoderDC` refuses, or a size that is no multiple of its factor.
     """
-    arguments = training_arguments(recipe, learning_rate=1e-4, adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0)
+    arguments = training_arguments(recipe)
     options = recipe.model
     set_seed(recipe.seed)
     if options.init_from is not None:

@@ -17,6 +17,7 @@ import inspect
 import math
 import random
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -167,7 +168,14 @@ class DiffusionDeTokRecipe(Recipe):
     logit_std: float | int = 1.0
     flow_shift: float | int | None = None
 
+    training_defaults: ClassVar[dict] = {
+        "learning_rate": 1e-4,
+        "max_grad_norm": 0.1,
+        "lr_scheduler_type": "constant",
+    }
+
     def __post_init__(self):
+        super().__post_init__()
         _one_of("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLING)
         if not 0 <= self.condition_drop <= 1:
             raise RecipeError(f"condition_drop must be in 0..1, got {self.condition_drop}")
@@ -493,9 +501,6 @@ def build(recipe: DiffusionDeTokRecipe) -> DiffusionDeTokTrainer:
     """
     arguments = training_arguments(
         recipe,
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.1,
         ddp_find_unused_parameters=False,  # every step uses all that is trained
     )
     check_kind("model.ta_tok", recipe.model.ta_tok, "ta_tok")

@@ -6,7 +6,9 @@ Paper 2506.18898; original `llava/train/train.py`. Rows are pre-tokenised, so no
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +21,10 @@ from tar_hf.conversion.llm import write_llm_card
 from tar_hf.conversion.output import new_folder
 from tar_hf.modeling.modeling_ta_tok import TATokModel
 from tar_hf.modeling.visual_vocabulary import IMAGE_START, VisualVocabulary
-from tar_hf.pipelines.tar_repository import named_model
+from tar_hf.pipelines.tar_repository import RepoFolder, named_model, read_parts
 from tar_hf.training.conversations import IGNORED, ConversationTokenizer, PackingCollator, PaddingCollator
 from tar_hf.training.lora import LoRARecipe, add_lora, hub_id, load_base, load_tokenizer
-from tar_hf.training.models import check_kind, check_made_with
+from tar_hf.training.models import check_kind, check_made_with, fingerprint
 from tar_hf.training.recipe import Recipe, RecipeError
 from tar_hf.training.rows import SCALE_WEIGHTS
 from tar_hf.training.trainer import TarTrainer, open_data, run, training_arguments
@@ -113,7 +115,14 @@ class LLMRecipe(Recipe):
     prompt_dropout: float | int = 0.0
     text_weight: float | int = 1.0
 
+    training_defaults: ClassVar[dict] = {
+        "learning_rate": 5e-5,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+    }
+
     def __post_init__(self):
+        super().__post_init__()
         if not self.text_weight > 0:
             raise RecipeError(f"text_weight must be above 0, got {self.text_weight}")
 
@@ -206,9 +215,6 @@ def build(recipe: LLMRecipe, kind: type[LLMTrainer] = LLMTrainer, **options) -> 
     """
     arguments = training_arguments(
         recipe,
-        learning_rate=5e-5,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.03,
         ddp_find_unused_parameters=False,  # every step uses all that is trained
     )
     if arguments.use_liger_kernel:
@@ -320,9 +326,19 @@ def _load_codebook(ta_tok):
 
 
 def _check_codes(recipe):
-    """Raises a `RecipeError` for rows whose codes are those of another TA-Tok, as far as recipe and rows tell."""
-    own = Path(named_model(recipe.model.base), "ta_tok")
-    ta_tok = recipe.model.ta_tok or (str(own) if own.is_dir() else None)
+    """Raises a `RecipeError` for another TA-Tok than the base's own, which its successor gets, and for rows with codes
+    of another one, as far as recipe and rows tell."""
+    base = named_model(recipe.model.base)
+    own, ta_tok = Path(base, "ta_tok"), recipe.model.ta_tok
+    if ta_tok is None:
+        ta_tok = str(own) if own.is_dir() else None
+    elif (where := read_parts(base).get("ta_tok")) is not None:
+        own = RepoFolder(base, "ta_tok", {}).fetch() if where == "ta_tok" else where
+        if fingerprint(_load_codebook(own).quantizer) != fingerprint(_load_codebook(ta_tok).quantizer):
+            raise RecipeError(
+                f"model.ta_tok {ta_tok} has other codes than the TA-Tok of {base}, which the result keeps: leave it "
+                "out, or take a language model alone as model.base"
+            )
     if ta_tok is not None:
         check_made_with(recipe.data, {"codebook_weights": (ta_tok, lambda: _load_codebook(ta_tok).quantizer)})
 
@@ -336,6 +352,8 @@ def _lora_base(recipe):
     made = {**dataclasses.asdict(recipe.model), "seed": recipe.seed}
     del made["attn_implementation"]  # another one changes no weights
     if not base.is_dir():
+        for unfinished in base.parent.glob(f".{base.name}-*"):  # of a call that was killed here
+            shutil.rmtree(unfinished)
         model, tokenizer, _ = load_language_model(recipe.model, recipe.seed)
         with new_folder(base) as folder:
             model.save_pretrained(folder)

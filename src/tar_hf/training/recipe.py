@@ -135,7 +135,8 @@ class Recipe:
     Args:
         output_dir (`str`): Folder of the run: checkpoints, the trained repository, the resolved recipe.
         data (`DataRecipe`): What it reads.
-        training (`dict`): Fields of `transformers.TrainingArguments`, by their names there.
+        training (`dict`): Fields of `transformers.TrainingArguments`, by their names there. It gets those of the
+            stage's `training_defaults` that it does not name.
         muon (`MuonRecipe`, *optional*): Steps the matrices and kernels of the layers by Muon, and all else by AdamW.
         seed (`int`, *optional*, defaults to `0`): Of the order of rows and of every draw.
     """
@@ -145,6 +146,11 @@ class Recipe:
     training: dict = dataclasses.field(default_factory=dict)
     muon: MuonRecipe | None = None
     seed: int = 0
+
+    training_defaults: typing.ClassVar[dict] = {}  # where a stage has others than the library
+
+    def __post_init__(self):
+        self.training = {**self.training_defaults, **self.training}
 
 
 def load_recipe(kind: type[R], source: str | Path | dict, overrides: Sequence[str] = ()) -> R:
@@ -188,7 +194,7 @@ def check_same_run(recipe: Recipe, folder: str | Path):
     """
     Raises a `RecipeError` where the run in a folder had another recipe, so that going on would be something else.
 
-    `training` may differ: more steps are a way to go on. (The learning rate comes back with the optimizer's state.)
+    `training` may differ, as far as `check_same_optimizer` allows: more steps are a way to go on.
     """
     file = Path(folder) / RECIPE_FILE
     if not file.is_file():
@@ -199,6 +205,29 @@ def check_same_run(recipe: Recipe, folder: str | Path):
             raise RecipeError(
                 f"{folder} holds a run with {key}={before.get(key)!r}, and this recipe says {now.get(key)!r}: go on "
                 "with that recipe, or choose another output_dir"
+            )
+
+
+def check_same_optimizer(recipe: Recipe, checkpoint: str | Path, library: object):
+    """
+    Raises a `RecipeError` where `training` says another thing than a checkpoint's did, of what the optimizer's state
+    that is loaded from there would keep.
+
+    Args:
+        recipe (`Recipe`): Of the run that goes on.
+        checkpoint (`str` or `Path`): Where from.
+        library (`object`): Has the fields' defaults: `TrainingArguments`.
+    """
+    file = Path(checkpoint) / RECIPE_FILE
+    if not file.is_file():
+        return
+    before, now = ({**recipe.training_defaults, **given} for given in (_read_yaml(file)["training"], recipe.training))
+    for key in ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"):
+        was, wanted = (training.get(key, getattr(library, key)) for training in (before, now))
+        if was != wanted:
+            raise RecipeError(
+                f"{checkpoint} was trained with training.{key}={was}, and this recipe says {wanted}, but the "
+                "optimizer's state keeps what it was: go on with that, or start from the weights in another output_dir"
             )
 
 

@@ -10,6 +10,7 @@ import math
 import random
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from accelerate.utils import broadcast
@@ -179,7 +180,18 @@ class TATokRecipe(Recipe):
     model: TATokModelRecipe
     scale_weights: dict[int, float | int] = dataclasses.field(default_factory=SCALE_WEIGHTS.copy)
 
+    training_defaults: ClassVar[dict] = {
+        "learning_rate": 2e-4,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.99,
+        "weight_decay": 1e-4,
+        "warmup_steps": 0.04,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "cosine",
+    }
+
     def __post_init__(self):
+        super().__post_init__()
         check_scale_weights(self.scale_weights)
 
 
@@ -400,16 +412,7 @@ def build(recipe: TATokRecipe) -> TATokTrainer:
     Raises `RecipeError` for what does not fit together, and what reading teacher, language model and sources raises.
     """
     options = recipe.model
-    arguments = training_arguments(
-        recipe,
-        learning_rate=2e-4,
-        adam_beta1=0.9,
-        adam_beta2=0.99,
-        weight_decay=1e-4,
-        warmup_steps=0.04,
-        max_grad_norm=1.0,
-        lr_scheduler_type="cosine",
-    )
+    arguments = training_arguments(recipe)
     set_seed(recipe.seed)
     teacher = load_teacher(options.teacher, options.select_layer)
     if options.init_from is None:

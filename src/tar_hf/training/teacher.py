@@ -15,6 +15,7 @@ import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +92,8 @@ class TeacherRecipe(Recipe):
     """
 
     model: TeacherModelRecipe
+
+    training_defaults: ClassVar[dict] = {"learning_rate": 1e-3, "warmup_steps": 0.05, "max_grad_norm": 1.0}
 
 
 @dataclass
@@ -266,7 +269,7 @@ class TeacherTrainer(TarTrainer):
 
 def build(recipe: TeacherRecipe) -> TeacherTrainer:
     """Makes the model and opens the data."""
-    arguments = training_arguments(recipe, learning_rate=1e-3, warmup_steps=0.05, max_grad_norm=1.0)
+    arguments = training_arguments(recipe)
     set_seed(recipe.seed)
     options = recipe.model
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import get_mixed_precision_context_manager, send_to_device, set_seed
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -22,26 +22,43 @@ from transformers.utils import is_torch_bf16_gpu_available
 from tar_hf.modeling.modeling_ta_tok import multiplies_bfloat16
 from tar_hf.training.mixture import Mixture
 from tar_hf.training.muon import make_optimizer
-from tar_hf.training.recipe import RECIPE_FILE, DataRecipe, Recipe, RecipeError, check_same_run, one_line, write_recipe
+from tar_hf.training.recipe import (
+    RECIPE_FILE,
+    DataRecipe,
+    Recipe,
+    RecipeError,
+    check_same_optimizer,
+    check_same_run,
+    one_line,
+    write_recipe,
+)
 from tar_hf.training.rows import Row, read_row
 from tar_hf.training.sources import open_source
 from tar_hf.training.streaming import Stream, open_stream
 
 logger = logging.getLogger(__name__)
 
-# What the recipe says in another place, or what the order of the samples rests on.
+# What the recipe says in another place, what the order of the samples rests on, and what another command does.
 FIXED = {
-    "output_dir": "output_dir",
-    "seed": "seed",
-    "data_seed": "seed",
-    "train_sampling_strategy": None,
-    "remove_unused_columns": None,
+    "output_dir": ": say output_dir at the top of the recipe",
+    "seed": ": say seed at the top of the recipe",
+    "data_seed": ": say seed at the top of the recipe",
+    "train_sampling_strategy": "",
+    "remove_unused_columns": "",
+    "push_to_hub": ": upload the finished run with `tar-hf push`",
 }
 # Where the library divides by zero, or takes 0 for "not said".
 POSITIVE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs")
 # What a run's folder may hold before its recipe does: that of a run which was killed early.
-OF_A_RUN = (f"{PREFIX_CHECKPOINT_DIR}-*", "runs", "base")
+OF_A_RUN = (f"{PREFIX_CHECKPOINT_DIR}-*", "runs", "base", ".base-*")
 READING_FILE = "reading.json"  # in a checkpoint: what `TarTrainer.reading` said
+
+
+class OwnIntervals(TrainerCallback):
+    """Logs, evaluates and saves as this call says: the state of a checkpoint brings its own intervals along."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)
 
 
 class TarTrainer(Trainer):
@@ -57,12 +74,18 @@ class TarTrainer(Trainer):
     """
 
     metric_names: Sequence[str] = ()
+    # DeepSpeed computes in bfloat16 from copies of the weights that it makes once: not for every stage.
+    takes_deepspeed = True
 
     def __init__(self, *args, recipe: Recipe | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.recipe = recipe
         self._sums = None  # (metrics, 2): weighted sum and weight
         self._place = (-1, 0)  # step, and batch of this process within it
+        self._evaluated = 0  # batches of this process in the evaluation that goes on
+        self.add_callback(OwnIntervals())
+        if self.is_deepspeed_enabled and not self.takes_deepspeed:
+            raise RecipeError("this stage does not train with DeepSpeed: start it with `accelerate launch --multi_gpu`")
         # Layers' dropout is no draw by place in the batch: at least no two processes drop the same.
         set_seed(self.args.seed, device_specific=True)
         if self.accelerator.is_fsdp2 and self.accelerator.native_amp:
@@ -123,7 +146,8 @@ class TarTrainer(Trainer):
 
     def row_generators(self, rows: int) -> list[torch.Generator]:
         """A CPU generator for each row of the batch, by its place in the step's global batch."""
-        batch = self._place[1] * self.args.world_size + self.args.process_index
+        batch = self._place[1] if self.model.training else self._evaluated
+        batch = batch * self.args.world_size + self.args.process_index
         step = self.state.global_step if self.model.training else "evaluation"
         seeds = (random.Random(f"{self.args.seed}/{step}/{batch * rows + row}") for row in range(rows))
         return [torch.Generator().manual_seed(seed.getrandbits(63)) for seed in seeds]
@@ -177,12 +201,19 @@ class TarTrainer(Trainer):
     def write_card(self, folder: Path):
         """Writes the folder's model card."""
 
+    def evaluation_loop(self, *args, **kwargs):
+        self._evaluated = 0
+        return super().evaluation_loop(*args, **kwargs)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss of a held-out batch. The library asks for labels, which some stages only make from the batch."""
         if "labels" in inputs:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        else:
+            with torch.no_grad():
+                output = self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+        self._evaluated += 1
+        return output
 
 
 def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
@@ -192,7 +223,7 @@ def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
     Args:
         recipe (`Recipe`): Its `training` names the fields. `bf16: auto` is true where the machine is fast in bfloat16,
             see `fast_bfloat16`. Without an `eval_strategy` the rows of `eval_sources` are looked at at every save.
-        stage: The stage's defaults, which the recipe may override.
+        stage: What the stage's code asks for, where the recipe does not say otherwise.
 
     Raises:
         `RecipeError`: an unknown field, one that the recipe says elsewhere, or a value that the library refuses.
@@ -206,8 +237,7 @@ def training_arguments(recipe: Recipe, **stage: Any) -> TrainingArguments:
                 f"training.{key} is no field of TrainingArguments" + (f", did you mean {near[0]}?" if near else "")
             )
         if key in FIXED:
-            elsewhere = f": say {FIXED[key]} at the top of the recipe" if FIXED[key] else ""
-            raise RecipeError(f"training.{key} cannot be set here{elsewhere}")
+            raise RecipeError(f"training.{key} cannot be set here{FIXED[key]}")
         if known[key].type in (int, float, "int", "float") and type(value) not in (int, float):
             raise RecipeError(f"training.{key} must be a number, got {value!r}")
         if known[key].type in (bool, "bool") and type(value) is not bool and (key, value) != ("bf16", "auto"):
@@ -284,6 +314,8 @@ def open_data(
         batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         train = Mixture(sources, transform, num_samples=batch, **options)
         if arguments.max_steps <= 0:
+            if arguments.auto_find_batch_size:
+                raise RecipeError("training.auto_find_batch_size needs max_steps: passes are counted in whole batches")
             arguments.max_steps = max(1, -(-int(train.epoch_length * arguments.num_train_epochs) // batch))
         train.num_samples = batch * arguments.max_steps
     held_out = None
@@ -345,6 +377,8 @@ def check_goes_on(trainer: TarTrainer, checkpoint: Path):
     state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     if state["global_step"] >= trainer.args.max_steps:
         return
+    if trainer.recipe is not None:
+        check_same_optimizer(trainer.recipe, checkpoint, TrainingArguments)
     if not any(checkpoint.glob("rng_state*.pth")):
         raise RecipeError(
             f"{checkpoint} holds no state of optimizer and schedule to go on with, as training.save_only_model leaves "
@@ -367,13 +401,21 @@ def run(trainer: TarTrainer) -> Path:
     """
     Trains, going on from the newest checkpoint in the output folder, and saves the result there.
 
-    Returns the folder: a repository, with the run's checkpoints in it. Raises what `check_goes_on` does.
+    Returns the folder: a repository, with the run's checkpoints in it. Raises what `check_goes_on` does, and a
+    `RecipeError` for a finished run without checkpoints that is to have more steps.
     """
     output = Path(trainer.args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = last_checkpoint(output)
     if checkpoint is not None:
         check_goes_on(trainer, checkpoint)
+    elif (file := output / TRAINER_STATE_NAME).is_file():  # written last
+        if (steps := json.loads(file.read_text(encoding="utf-8"))["global_step"]) >= trainer.args.max_steps:
+            return output
+        raise RecipeError(
+            f"{output} holds a finished run of {steps} steps, and no checkpoint to go on from: choose another "
+            "output_dir, or remove this one to start anew"
+        )
     if trainer.recipe is not None and trainer.is_world_process_zero():
         write_recipe(trainer.recipe, output)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)

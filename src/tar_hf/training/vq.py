@@ -13,6 +13,7 @@ import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,13 @@ class VQRecipe(Recipe):
     """Recipe of the VQ stage. The sources' pictures are used, one of each row; texts are not."""
 
     model: VQModelRecipe
+
+    training_defaults: ClassVar[dict] = {
+        "learning_rate": 1e-4,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "max_grad_norm": 1.0,
+    }
 
 
 @dataclass
@@ -219,6 +227,7 @@ class VQTrainer(TarTrainer):
 
     metric_names = ("l1_loss", "mse_loss", "codebook_loss", "entropy_loss", "alike_loss")
     loss_is_scaled_for_ga = False  # means over the pixels and tokens of a batch
+    takes_deepspeed = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -240,7 +249,7 @@ class VQTrainer(TarTrainer):
 
     def _start_codebook(self, pixels):
         """From what all processes see, as one process does. They round alike only by taking the first one's."""
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad():
             latents = self.model.latents(pixels).flatten(0, 1)
         self.model.start_codebook(self.accelerator.gather(latents))
         broadcast(self.model.quantize.embedding.weight.data)
@@ -252,7 +261,7 @@ class VQTrainer(TarTrainer):
 
 def build(recipe: VQRecipe) -> VQTrainer:
     """Makes or loads the autoencoder and opens the data."""
-    arguments = training_arguments(recipe, learning_rate=1e-4, adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0)
+    arguments = training_arguments(recipe)
     set_seed(recipe.seed)
     if recipe.model.init_from is not None:
         model = TrainableVQVAE.from_pretrained(recipe.model.init_from, dtype=torch.float32)
