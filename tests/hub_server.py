@@ -264,6 +264,8 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif item["key"] == "lfsFile":
                 files[value["path"]] = self.server.objects[value["oid"]]
+            elif item["key"] == "deletedFile":
+                del files[value["path"]]
             else:
                 raise Answer(501, {"error": f"the stand-in cannot {item['key']}"})
         ref = f"refs/pr/{sum(ref.startswith('refs/pr/') for ref in repo.refs) + 1}" if proposed else revision

@@ -26,6 +26,7 @@ def test_assemble(run, golden, ta_tok_repo, ar_detok_repo, tar_repo, tmp_path):
         for name in ("checkpoint-10/optimizer.pt", "runs/today/events"):
             (folder / name).parent.mkdir(parents=True)
             (folder / name).touch()
+        (folder / "trainer_state.json").write_text("{}")
     command[1] = tmp_path / "of-trained"
     assert run(*command, trained, model=None)[0] == 0
     assert {path.relative_to(command[1]) for path in command[1].rglob("*")} == expected
@@ -33,6 +34,9 @@ def test_assemble(run, golden, ta_tok_repo, ar_detok_repo, tar_repo, tmp_path):
 
     status, printed, (error,) = run(*command, ar_detok_repo("ar_dtok_64px"), model=None)
     assert (status, printed) == (2, []) and "exists already" in error
+    command[1] = llm / "tar"
+    status, printed, (error,) = run(*command, ar_detok_repo("ar_dtok_64px"), model=None)
+    assert status == 2 and "tar would lie in" in error and "a copy of itself" in error and not command[1].exists()
     out = command[1] = tmp_path / "another"
     status, printed, (error,) = run(*command, tmp_path / "none", model=None)
     assert (status, printed) == (2, []) and "none" in error and not out.exists()

@@ -243,6 +243,11 @@ def test_a_whole_system_loads(loaded):
 
 # On a Hub.
 
+SYSTEMS = (  # files with weights, and what says which are read
+    ("model.safetensors", "detokenizer/model_index.json", "detokenizer/transformer/model.safetensors"),
+    ("model-[1].safetensors", "model.safetensors.index.json", "detokenizer/model.safetensors"),
+)
+
 PUSH = """
 import json, sys
 from concurrent.futures import ThreadPoolExecutor
@@ -273,6 +278,8 @@ run("404", _upload, plain, "user/ta-tok", revision="refs/pr/7")
 run("public already", _upload, plain, "user/ta-tok", private=True)
 run("private already", _upload, plain, "user/ar-detok", private=False)
 run("disk full", _upload, sys.argv[4], "user/full")
+for folder in sys.argv[5:]:
+    run("one after the other", _upload, folder, "user/system")
 print(json.dumps(results))
 """
 
@@ -306,10 +313,18 @@ def pushed(ta_tok_repo, ar_detok_repo, tmp_path_factory):
         (plain / name).parent.mkdir(parents=True, exist_ok=True)
         (plain / name).write_text("x")
     save_file({"x": torch.zeros(7)}, full / "model.safetensors")
+    systems = [root / "before", root / "after"]
+    for system, own in zip(systems, SYSTEMS, strict=True):
+        for name in (*own, "README.md", "notes/old.safetensors" if system.name == "before" else "config.json"):
+            (system / name).parent.mkdir(parents=True, exist_ok=True)
+            (system / name).write_text(CARD)
     with hub_server() as hub:
         oid = hashlib.sha256((full / "model.safetensors").read_bytes()).hexdigest()
         hub.answers[f"/lfs/{oid}"] = Answer(403, {"error": "Private repository storage limit reached"})
-        for name, script, arguments in (("push", PUSH, [*folders.values(), plain, full]), ("load", LOAD, [root])):
+        for name, script, arguments in (
+            ("push", PUSH, [*folders.values(), plain, full, *systems]),
+            ("load", LOAD, [root]),
+        ):
             process = subprocess.run(
                 [sys.executable, "-c", script, *map(str, arguments)],
                 env=hub.environment(root / name),
@@ -362,6 +377,13 @@ def test_branches_and_pull_requests(pushed):
         assert repo.files(ref)["README.md"].decode() == CARD
         assert repo.files(ref).keys() - repo.files().keys() == {"deep/notes.md"}, "no caches"
         assert repo.commits[repo.refs[ref]].title.startswith("Upload with tar-hf")
+
+
+@pytest.mark.slow
+def test_what_would_load_instead_does_not_stay(pushed):
+    files = pushed[0].repos["user/system"].files().keys()
+    assert files >= set(SYSTEMS[1]) and not files & {"model.safetensors", "detokenizer/model_index.json"}
+    assert files >= {"notes/old.safetensors", "detokenizer/transformer/model.safetensors"}, "which nothing reads"
 
 
 @pytest.mark.slow

@@ -297,6 +297,17 @@ def test_heads_are_not_guessed(teacher, width):
     assert _num_heads(teacher, width, None, 8) == 8
 
 
+def test_heads_that_contradict_the_published_tower():
+    teacher = "google/siglip2-so400m-patch14-384"
+    assert _num_heads(teacher, 1152, None, 16) == 16
+    given = {"num_attention_heads": 8}, {"vision_config": SiglipVisionConfig(hidden_size=1152, num_attention_heads=8)}
+    for options in given:
+        with pytest.raises(
+            ConversionError, match=f"8 attention heads were asked for, but {teacher} has 16: leave them"
+        ):
+            _num_heads(teacher, 1152, **{"vision_config": None, "num_attention_heads": None, **options})
+
+
 @pytest.mark.parametrize("heads", [5, 0, -4])
 def test_heads_that_do_not_divide(refusal, heads):
     assert f"{heads} attention heads do not divide the hidden size 48" in refusal(

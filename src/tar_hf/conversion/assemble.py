@@ -21,6 +21,8 @@ pipe = pipeline("text-to-image", model=REPO, trust_remote_code=True)
 pipe("A photo of a macaw")["image"].save("macaw.png")
 """
 
+LOGS = ("trainer_state.json",)  # of a training run
+
 
 def assemble(output: str | Path, llm: str | Path, ta_tok: str | Path, detokenizer: str | Path):
     """
@@ -37,6 +39,9 @@ def assemble(output: str | Path, llm: str | Path, ta_tok: str | Path, detokenize
         `ConversionError`: a folder of another kind, or parts that do not fit one another.
     """
     llm, ta_tok, detokenizer = Path(llm), Path(ta_tok), Path(detokenizer)
+    for source in (llm, ta_tok, detokenizer):
+        if source.resolve() in Path(output).resolve().parents:
+            raise ConversionError(f"{output} would lie in {source}, and hold a copy of itself: choose another folder")
     language, tokenizer = read_json(llm / "config.json"), read_json(ta_tok / "config.json")
     if tokenizer.get("model_type") != "ta_tok":
         raise ConversionError(f"{ta_tok} must hold a TA-Tok, got model_type {tokenizer.get('model_type')!r}")
@@ -128,11 +133,11 @@ def _base_model(llm: Path) -> str | None:
 
 
 def _copy(source: Path, target: Path, *without: str):
-    """Copies a folder, but not what a push would not upload, nor the entries `without` of the folder itself."""
+    """Copies a folder, but not what a push would not upload or a run has logged, nor the entries `without` of it."""
 
     def left_out(folder, names):
         ignored = {name for name in names if is_ignored(name) and Path(folder, name).is_dir()}
-        return ignored.union(without) if Path(folder) == source else ignored
+        return ignored.union(without, LOGS) if Path(folder) == source else ignored
 
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=left_out)
 

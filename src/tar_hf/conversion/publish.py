@@ -5,12 +5,14 @@ import subprocess
 import sys
 import tempfile
 from fnmatch import fnmatch
-from pathlib import Path
+from glob import escape
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import (
     constants,
     create_branch,
     create_repo,
+    list_repo_files,
     metadata_load,
     repo_info,
     upload_file,
@@ -25,6 +27,7 @@ from tar_hf.pipelines.tar_repository import PARTS, PARTS_FILE, read_parts
 
 METADATA = ("license", "library_name", "pipeline_tag")
 IGNORED = ("__pycache__", ".cache", ".git", "checkpoint-*", "runs")  # folders that are not uploaded
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "model_index.json")
 CARD = "README.md"
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 TEMPORARY = {".bak", ".incomplete", ".lock", ".orig", ".part", ".swp", ".temp", ".tmp"}
@@ -59,7 +62,8 @@ def push_folder(
 
     Before any request, `check_folder` loads the folder, which **runs the Python code in it**. A card that this package
     wrote shows how to load the folder by its name; what is uploaded, in a commit of its own, says the repository's id
-    there. Files that the repository has already, and the folder has not, stay.
+    there. Files that the repository has already, and the folder has not, stay, unless they would load in the place of
+    the folder's: other weights, their index and `model_index.json`, where the folder has weights or such an index too.
 
     Args:
         folder (`str` or `Path`): What a converter or `tar-hf assemble` made, or another diffusers or Qwen2 folder.
@@ -240,6 +244,9 @@ def _upload(folder, repo_id, private=None, revision=None, token=None, commit_mes
             revision=revision,
             create_pr=create_pr,
             ignore_patterns=ignored if named == card else [*ignored, CARD],
+            delete_patterns=list(
+                map(escape, _outdated(folder, list_repo_files(repo_id, revision=revision, token=token)))
+            ),
             **where,
         )
         if named != card:
@@ -259,6 +266,18 @@ def _upload(folder, repo_id, private=None, revision=None, token=None, commit_mes
     if create_pr:
         return commit.pr_url or str(url)  # nothing to propose where nothing changed
     return str(url) if revision is None else f"{url}/tree/{revision}"
+
+
+def _outdated(folder, names):
+    """The files of a repository, by their names there, that would load in the place of a folder's."""
+    own = {path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()}
+    loaded = {PurePosixPath(name).parent for name in own if _decides(name)}
+    return [name for name in names if name not in own and _decides(name) and PurePosixPath(name).parent in loaded]
+
+
+def _decides(name):
+    """Whether a file decides what is loaded from its folder."""
+    return any(fnmatch(PurePosixPath(name).name, pattern) for pattern in WEIGHTS)
 
 
 def _explain(error):

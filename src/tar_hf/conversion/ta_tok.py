@@ -261,6 +261,7 @@ def _read_encoder(args, tensors, vision_config, num_attention_heads) -> SiglipVi
 def _num_heads(teacher, hidden_size, vision_config, num_attention_heads):
     published = SIGLIP_NAME.fullmatch(teacher or "")
     width, heads = SIGLIP_SIZES[published[1]] if published else (None, None)
+    told = heads if width == hidden_size else None
     if vision_config is not None:
         heads = vision_config.num_attention_heads
         if num_attention_heads not in (None, heads):
@@ -279,6 +280,8 @@ def _num_heads(teacher, hidden_size, vision_config, num_attention_heads):
             "the number of attention heads does not show in the tensors: the checkpoint has the hidden size "
             f"{hidden_size} and {known}. Pass --vision-config FILE (its config.json) or --num-attention-heads N"
         )
+    if told not in (None, heads):
+        raise ConversionError(f"{heads} attention heads were asked for, but {teacher} has {told}: leave them out")
     if heads < 1 or hidden_size % heads:
         raise ConversionError(f"{heads} attention heads do not divide the hidden size {hidden_size}")
     return heads
