@@ -26,20 +26,27 @@ def ship(source: Path, weights: Path = WEIGHTS):
     if source.name not in INDEX:
         raise ValueError(f"expected a folder named {' or '.join(INDEX)}, got {source}")
     target = weights / source.name
-    kind = TarPipeline if source.name == "tar-mini" else TarDiffusionDeTokPipeline
-    kind.from_pretrained(source)
+    if source.name == "tar-mini":
+        pipe = TarPipeline.from_pretrained(source)  # loads nothing but the tokenizer yet
+        for part in ("model", "encoder", "decoder", "detokenizer", "image_processor"):
+            getattr(pipe, part)
+    else:
+        TarDiffusionDeTokPipeline.from_pretrained(source)
     files = sorted(file for file in source.rglob("*") if file.is_file())
     code = {file: own_file(file) for file in files if file.suffix == ".py"}
     if (size := megabytes(source)) > MEGABYTES:
         raise ValueError(f"expected at most {MEGABYTES} MB, got {size:.1f} in {source}")
-    shutil.rmtree(target, ignore_errors=True)
+    unfinished = target.with_name(f".{target.name}")  # as deep, since links are relative
+    shutil.rmtree(unfinished, ignore_errors=True)
     for file in files:
-        place = target / file.relative_to(source)
+        place = unfinished / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         if file in code:
             place.symlink_to(os.path.relpath(code[file], place.parent))
         else:
             shutil.copyfile(file, place)
+    shutil.rmtree(target, ignore_errors=True)
+    unfinished.rename(target)
     print(f"{target}: {size:.1f} MB")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from tar_hf import TarPipeline
@@ -138,14 +139,16 @@ def test_all_stages_of_tiny_models(tmp_path, monkeypatch, capsys):
     assert isinstance(pipe.generate_text(world.COUNT, images=world.render(next(world.scenes("test")))), str)
     stored = load_file(folder / "model.safetensors").values()
     assert {tensor.dtype for tensor in stored} == {torch.bfloat16} and pipe.model.dtype == torch.float32
-    assert (out / "reflect" / train.LOG).exists() and not [*folder.rglob(train.LOG)]
+    log = "trainer_state.json"
+    assert (out / "reflect" / log).exists() and not [*folder.rglob(log)]
     found = gates(out)
     assert list(found) == list(STAGES) and all(entry["passed"] for entry in found.values())
     assert found["codes"]["missing_rows"] == 0 and found["vq"]["needed"] == {"reconstruction": "at least 0"}
     assert all(entry["seconds"] > 0 for entry in found.values())
     assert sum(entry["seconds"] for entry in found.values()) < 180
     made = {path.split("/")[0] for stage in STAGES.values() for path in stage.makes}
-    beside = {file.name for file in (RECIPES / "smoke").glob("*.yaml")} | {GATES_FILE, f".{GATES_FILE}.lock", STARTED}
+    beside = {file.name for file in (RECIPES / "smoke").glob("*.yaml")} | {GATES_FILE, STARTED}
+    beside |= {f".{name}.lock" for name in (GATES_FILE, *STAGES)}
     assert {file.name for file in out.iterdir()} == made | beside
 
     # Nothing is done again, and nobody may make something else of the folder.
@@ -306,7 +309,32 @@ def test_stages_note_their_scores_at_the_same_time(tmp_path):
     assert {name: len(entry) for name, entry in gates(tmp_path).items()} == {"vq": 30, "teacher": 30, "llm": 30}
 
 
-def test_no_stage_at_a_time(tmp_path):
+@pytest.mark.parametrize("smoke", [True, False])
+def test_recipes_of_the_other_kind_are_not_taken(tmp_path, smoke):
+    """Which a call that ended before its first stage began has left."""
+    train.copy_recipes(tmp_path, smoke=smoke)
+    how = "with" if smoke else "without"
+    with pytest.raises(
+        RecipeError, match=f"yaml is a recipe of a run {how} --smoke: go on {how} it, or choose another"
+    ):
+        train.copy_recipes(tmp_path, smoke=not smoke)
+    train.copy_recipes(tmp_path, smoke=smoke)
+
+
+def test_a_stage_runs_once_at_a_time(stand_ins, tmp_path):
+    out = tmp_path / "out"
+    train.copy_recipes(out, smoke=True)
+    with (
+        FileLock(out / ".data.lock"),
+        pytest.raises(train.StageError, match="stage data runs in .*out already: wait until that process ends"),
+    ):
+        run_stage(out, "data", smoke=True)
+    run_stage(out, "data", smoke=True)
+
+
+def test_no_stage_at_a_time(tmp_path, capsys):
+    assert main(["train", "mini", str(tmp_path / "out"), "--smoke", "--only", "data", "--jobs", "0"]) == 2
+    assert "jobs must be at least 1, got 0" in capsys.readouterr().err
     with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
         train_mini(tmp_path / "out", smoke=True, jobs=0)
     assert not (tmp_path / "out").exists()

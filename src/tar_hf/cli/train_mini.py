@@ -30,6 +30,8 @@ def run(arguments):
         given = arguments.overrides[0] if arguments.overrides else "--show"
         raise ValueError(f"train mini takes no {given}: change what a recipe in OUT says of training")
     output = Path(arguments.recipe)
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {arguments.jobs}")
     if arguments.only is not None and len(arguments.only) == 1:
         if not sys.stderr.isatty():
             hide_loading_bars()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from tar_hf.mini.processes import Processes
 
@@ -29,7 +29,6 @@ GATES_FILE = "gates.json"
 STARTED = "started-with"  # folder of a run with a file for each stage: what its recipes said when it began
 RESULT = "tar-mini"  # the folder with the whole system
 DIFFUSION_RESULT = "tar-mini-diffusion"  # that with the other de-tokenizer
-LOG = "trainer_state.json"  # of a stage's steps: kept in its folder, and left out of the system
 TICK = 30.0  # seconds between notes of the time that a stage has taken, which a killed process leaves behind
 
 Progress = Callable[[str, str, dict], None]
@@ -153,12 +152,23 @@ def run_stage(output: str | Path, name: str, smoke: bool = False, callback: Prog
     Returns what `gates.json` says of it; raises as `train_mini` does. `callback` hears of one that "passed before", and
     when it passes of each later stage whose results, made from what it was, are "removed".
     """
-    output, stage = Path(output).resolve(), ALL_STAGES[name]
+    output = Path(output).resolve()
     copy_recipes(output, smoke, name in DIFFUSION_STAGES)
     gates = _gates(output)
     if gates.get(name, {}).get("passed"):
         _report(callback, name, "passed before", gates[name])
         return gates[name]
+    lock = FileLock(output / f".{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise StageError(f"stage {name} runs in {output} already: wait until that process ends, or end it") from None
+    with lock:
+        return _run_stage(output, name, smoke, callback)
+
+
+def _run_stage(output, name, smoke, callback):
+    stage, gates = ALL_STAGES[name], _gates(output)
     if missing := [need for need in stage.needs if not gates.get(need, {}).get("passed")]:
         raise StageError(f"stage {name} needs {', '.join(missing)}, not done yet in {output}: run that first")
 
@@ -203,12 +213,15 @@ def copy_recipes(output: Path, smoke: bool = False, diffusion: bool = False):
         if started["smoke"] != smoke:
             how = "with" if started["smoke"] else "without"
             raise RecipeError(f"{output} was started {how} --smoke: go on {how} it, or choose another folder")
-    source = RECIPES / "smoke" if smoke else RECIPES
+    source, other = (RECIPES / "smoke", RECIPES)[:: 1 if smoke else -1]
     for file in sorted([*source.glob("*.yaml"), *((source / "diffusion").glob("*.yaml") if diffusion else ())]):
         copy = output / file.name
         if not copy.exists():
             with _new_file(copy) as unfinished:
                 shutil.copyfile(file, unfinished)
+        if copy.read_bytes() == (other / file.relative_to(source)).read_bytes() != file.read_bytes():
+            how = "without" if smoke else "with"
+            raise RecipeError(f"{copy} is a recipe of a run {how} --smoke: go on {how} it, or choose another folder")
     for note, started in notes.items():
         for name, now in _settings(output, note.stem).items():
             if (key := _difference(now, started[name])) is not None:
@@ -449,10 +462,13 @@ def _make_latents(recipe):
 
 
 def _make_drawings(recipe):
+    import torch
+
     from tar_hf.mini.drawings import write_drawings
     from tar_hf.pipelines.pipeline_tar import TarPipeline
 
     pipe = TarPipeline.from_pretrained("llm", ta_tok="ta-tok", detokenizer="ar-detok")
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     write_drawings("drawings", pipe, recipe.drawings, recipe.seed)
 
 
@@ -482,9 +498,10 @@ def _assemble(recipe):
 
 def _copy_part(name: str, folder: Path):
     """What a stage has made, without its checkpoints and its log."""
+    from tar_hf.conversion.assemble import LOGS
     from tar_hf.conversion.publish import IGNORED
 
-    shutil.copytree(name, folder, ignore=shutil.ignore_patterns(*IGNORED, LOG))
+    shutil.copytree(name, folder, ignore=shutil.ignore_patterns(*IGNORED, *LOGS))
 
 
 def _compute_in_float32(file: Path):
