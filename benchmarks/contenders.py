@@ -4,6 +4,7 @@ A stage is a function of the options that loads what it needs and gives its case
 the arithmetic that no implementation of the stage gets around, by the plainest call of the library, in this process.
 """
 
+import json
 import time
 from pathlib import Path
 
@@ -166,7 +167,8 @@ def load(options):
     import tar_hf  # noqa: F401  (registers the classes)
 
     folder = Path(options["folder"])
-    kind = AutoModel if options["part"] == "ta_tok" else AutoModelForCausalLM
+    is_ta_tok = json.loads((folder / "config.json").read_text())["model_type"] == "ta_tok"
+    kind = AutoModel if is_ta_tok else AutoModelForCausalLM
     files = sorted(folder.glob("*.safetensors"))
 
     def use():

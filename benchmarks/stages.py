@@ -111,7 +111,6 @@ def run(arguments, setting: dict) -> list[dict]:
     options = {
         "stage": arguments.stage,
         "folder": str(Path(arguments.folder).resolve() if Path(arguments.folder).exists() else arguments.folder),
-        "part": "ta_tok" if "ta" in Path(arguments.folder).name else "other",
         "threads": arguments.threads,
         "sources": str(arguments.sources.resolve()) if arguments.sources else None,
         "path": [str(HERE)],
@@ -198,6 +197,8 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
     of_original = arguments.original, arguments.original_python, arguments.sources
     if any(of_original) and not all(of_original):
         parser.error("--original, --original-python and --sources go together")
+    if arguments.plot and not any(name in OPTIONS[arguments.stage] for name in VARIED):
+        parser.error(f"--plot shows what is varied, and nothing is in {arguments.stage}")
     if arguments.original and arguments.stage not in ORIGINAL:
         parser.error(f"--original is for {', '.join(ORIGINAL)}, got {arguments.stage}")
     own = OPTIONS[arguments.stage]

@@ -128,6 +128,7 @@ def test_contenders_run_each_case_by_turns(load):
         (["load", "--dtype", "float32"], "--dtype is for ta-tok, ar-detok, llm, whole, got load"),
         (["load", "--device", "cpu"], "--device is for ta-tok, ar-detok, llm, whole, got load"),
         (["load", "--batch", "1"], "--batch is for ta-tok, ar-detok, llm, whole, got load"),
+        (["load", "--plot", "load.png"], "--plot shows what is varied, and nothing is in load"),
         (["ta-tok", "--original", "Tar"], "--original, --original-python and --sources go together"),
         (["ta-tok", "--sources", "files"], "--original, --original-python and --sources go together"),
         (

@@ -127,7 +127,7 @@ def draw_pictures(folder: Path):
 def test_example_reconstruct(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["reconstruct", "--output", str(tmp_path / "out"), "--scale", "3"])
     for _ in range(2):  # the second time with the repositories of the first
-        runpy.run_path(ROOT / "examples" / "reconstruct.py", run_name="__main__")
+        runpy.run_path(str(ROOT / "examples" / "reconstruct.py"), run_name="__main__")
         assert "codes (1, 81)" in capsys.readouterr().out
     with Image.open(tmp_path / "out" / "reconstruction.png") as picture:
         assert picture.size == (128, 128) and picture.mode == "RGB"
@@ -142,7 +142,7 @@ def test_example_reconstruct_takes_no_other_checkpoints_than_those_given(name, t
     sources = ["--ta-tok", "a.pth", "--ar-detok", "b.pth", "--vqvae", "c.pt"]
     monkeypatch.setattr(sys, "argv", ["reconstruct", "--output", str(tmp_path), *sources])
     with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(ROOT / "examples" / "reconstruct.py", run_name="__main__")
+        runpy.run_path(str(ROOT / "examples" / "reconstruct.py"), run_name="__main__")
     assert f"{tmp_path / name} exists, perhaps of other checkpoints: remove it" in capsys.readouterr().err
 
 

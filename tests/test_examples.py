@@ -23,7 +23,7 @@ def example(tar_repo, tmp_path, monkeypatch, capsys):
 
     def run(name, *arguments, model=tar_repo):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments), "--model", str(model), "--scale", "3"])
-        runpy.run_path(EXAMPLES / f"{name}.py", run_name="__main__")
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
         return capsys.readouterr().out.splitlines()
 
     return run

@@ -102,8 +102,12 @@ def test_self_reflection(run, pipe, tmp_path):
     assert run("generate", "a cat", "-o", out, "--scale", 3, *both, "--overwrite")[0] == 0
     assert same(out, draw(pipe, "a cat", 1, self_reflect=3, self_reflect_pictures=3, self_reflect_likelihood=100))
     assert not same(out, draw(pipe, "a cat", 1, self_reflect=3, self_reflect_pictures=3))
+    options = {"self_reflect": 3, "self_reflect_pictures": 3, "self_reflect_likelihood": 100}
+    output = pipe("a cat", scale=3, generator=torch.Generator().manual_seed(1), **options)
+    assert output.chosen[0] != output.scores[0].argmax()  # so that it matters whose score it is
     with Image.open(out) as image:
-        assert 0 < json.loads(image.text["parameters"])["score"] < 1
+        score = json.loads(image.text["parameters"])["score"]
+        assert score == pytest.approx(output.scores[0, output.chosen[0]].item(), abs=1e-5)
 
 
 def test_another_detokenizer(run, ar_detok_repo, tmp_path):

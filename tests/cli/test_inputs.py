@@ -153,7 +153,8 @@ def test_wrong_input(refuses, tar_repo, no_model_loads, arguments, said):
         ("--image-scale", "0", "choose from"),
         ("--temperature", "0", "a number above 0"),
         ("--temperature", "nan", "a number above 0"),
-        ("--guidance-scale", "inf", "a number above 0"),
+        ("--guidance-scale", "inf", "a number from 1 on"),
+        ("--guidance-scale", "0.5", "a number from 1 on"),
         ("--top-p", "1.5", "above 0 and up to 1"),
         ("--top-k", "-1", "0 for no limit"),
         ("--dtype", "int8", "choose from"),
@@ -202,7 +203,7 @@ def test_wrong_models(refuses, no_model_loads, arguments, model, said):
         (
             [*DRAW, "--detokenizer", "ta_tok"],
             "elsewhere",
-            "the detokenizer of .* could not be loaded: Unrecogn.{,400}$",
+            "--detokenizer .* could not be loaded: Unrecogn.{,400}$",
         ),
         (DRAW, "elsewhere", "the detokenizer of --model elsewhere could not be loaded"),
         (["describe", "photo.png", "--device", "warp"], "without_detokenizer", "--device warp cannot be used here"),

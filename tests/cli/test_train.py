@@ -28,6 +28,14 @@ def test_shipped_recipes_are_shown_resolved(recipe, capsys):
     assert shown["data"]["max_bad_rows"] == 100  # a default that the file leaves out
 
 
+def test_a_folder_does_not_hide_a_shipped_recipe(tmp_path, monkeypatch, capsys):
+    """Such as the output of `tar-hf convert ta-tok`, or of the recipe itself."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ta-tok").mkdir()
+    assert main(["train", "ta-tok", "ta-tok", "--show"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["training"]["adam_beta2"] == 0.99  # the stage's
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -17,6 +17,7 @@ def test_self_reflection_returns_the_best_candidate(pipe, picture):
     output = pipe(["a cat", "a dog"], scale=3, self_reflect=3, generator=seeds(1, 2))
     assert output.scores.shape == (2, 3) and len(output.images) == len(output.codes) == 2
     assert ((output.scores > 0) & (output.scores < 1)).all()
+    assert torch.equal(output.chosen, output.scores.argmax(-1))
     again = Judge(pipe, [("a cat", []), ("a dog", [])])(output.codes[:, None]).sigmoid()
     torch.testing.assert_close(again[:, 0], output.scores.amax(-1))
     assert output.picture_scores is None
@@ -39,6 +40,7 @@ def test_self_reflection_on_pictures(pipe, picture):
         assert set(scores.isfinite().nonzero().flatten().tolist()) == set(of_codes.topk(2).indices.tolist())
     both = output.scores.logit() + output.picture_scores.logit()
     best = torch.where(drawn, both, -torch.inf).argmax(-1)
+    assert torch.equal(output.chosen, best)
     requests = [("a cat", []), ("a dog", [])]
     for look, scores in (
         (output.codes, output.scores),

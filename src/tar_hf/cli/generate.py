@@ -93,7 +93,7 @@ def _generate(arguments):
             for i, (prompt, seed) in enumerate(batch):
                 made = {"prompt": prompt, "seed": seed, **settings}
                 if output.scores is not None:
-                    made["score"] = output.scores[i].max().item()
+                    made["score"] = output.scores[i, output.chosen[i]].item()
                 save_png(files[first + i], output.images[i], made)
                 print(files[first + i], flush=True)
                 if sheet is not None:

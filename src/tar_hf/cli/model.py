@@ -75,7 +75,8 @@ def load_model(arguments, *parts: str):
     try:
         pipe = TarPipeline.from_pretrained(arguments.model, **options)
         for part in parts:
-            loading = f"the {part} of --model {arguments.model}"
+            another = detokenizer if part == "detokenizer" else None
+            loading = f"--detokenizer {another}" if another else f"the {part} of --model {arguments.model}"
             getattr(pipe, part)
     except (SafetensorError, RuntimeError, OSError, ValueError, ImportError) as error:
         reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder="...")

@@ -31,7 +31,7 @@ def add_drawing_options(parser):
     parser.add_argument("--seed", type=seed, default=0, help="of the first image, one more for each after; default 0")
     parser.add_argument(
         "--guidance-scale",
-        type=positive,
+        type=guidance,
         metavar="G",
         help="of the de-tokenizer; 1 is off; default: its own, 4 for the published ones",
     )
@@ -75,7 +75,9 @@ def add_choosing_options(parser):
     )
 
 
-def add_scale_option(parser, name="--scale", help="729, 169 or 81 codes an image for 1, 2, 3; default 1"):
+def add_scale_option(
+    parser, name="--scale", help="729, 169 or 81 codes an image for 1, 2, 3 (tar-mini: 81, 16, 9); default 1"
+):
     parser.add_argument(name, type=int, choices=(1, 2, 3), default=1, help=help)
 
 

@@ -108,7 +108,7 @@ def _one_line_errors():
 
 def recipe_file(name: str) -> Path:
     """A file, or the shipped recipe of that name."""
-    if Path(name).exists() or Path(name).suffix in (".yaml", ".yml"):
+    if Path(name).is_file() or Path(name).suffix in (".yaml", ".yml"):
         return Path(name)
     shipped = RECIPES / f"{name}.yaml"
     if not shipped.is_file():

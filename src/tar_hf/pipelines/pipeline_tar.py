@@ -39,12 +39,15 @@ class TarPipelineOutput(ModelOutput):
             `self_reflect`: how likely the language model calls each candidate a match.
         picture_scores (`torch.FloatTensor` of the same shape, *optional*): With `self_reflect_pictures`: how likely it
             calls what is read from the candidate's picture a match; NaN for candidates without a picture.
+        chosen (`torch.LongTensor` of shape `(prompts * num_images_per_prompt,)`, *optional*): With `self_reflect`:
+            which candidate each image is.
     """
 
     images: object = None
     codes: torch.LongTensor | None = None
     scores: torch.FloatTensor | None = None
     picture_scores: torch.FloatTensor | None = None
+    chosen: torch.LongTensor | None = None
 
 
 def _output(pixels, output_type):
@@ -297,6 +300,7 @@ class TarPipeline(TarParts):
             codes=choice.codes,
             scores=choice.scores,
             picture_scores=choice.picture_scores,
+            chosen=choice.chosen,
         )
 
     def _drawing_rows(self, prompts, given, scale):

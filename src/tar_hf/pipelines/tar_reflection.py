@@ -135,12 +135,14 @@ class Choice:
     Args:
         codes (`torch.LongTensor` of shape `(images, N)`): Their codes.
         pixels (`torch.FloatTensor` of shape `(images, 3, H, W)`): Their pictures, in 0..1.
+        chosen (`torch.LongTensor` of shape `(images,)`): Which candidate that is.
         scores, picture_scores (`torch.FloatTensor` of shape `(images, candidates)`, the second *optional*): How likely
             each candidate is a match, by its codes, and by what is read from its picture; NaN without a picture.
     """
 
     codes: torch.LongTensor
     pixels: torch.FloatTensor
+    chosen: torch.LongTensor
     scores: torch.FloatTensor
     picture_scores: torch.FloatTensor | None = None
 
@@ -171,7 +173,7 @@ def choose(
     generators = [own for generator in generators for own in make_generators(generator, each)]
     pixels = draw(codes.flatten(0, 1), generators)
     if each == 1:
-        return Choice(codes[:, 0], pixels, logits.sigmoid())
+        return Choice(codes[:, 0], pixels, best[:, 0], logits.sigmoid())
     seen = read(pixels).view_as(codes)
     picture_logits = judge(seen)
     picture_scores = torch.full_like(logits, torch.nan).scatter(1, best, picture_logits.sigmoid())
@@ -181,7 +183,7 @@ def choose(
     chosen = merits.argmax(-1)
     images = torch.arange(len(codes))
     pixels = pixels.unflatten(0, codes.shape[:2])[images, chosen]
-    return Choice(codes[images, chosen], pixels, logits.sigmoid(), picture_scores)
+    return Choice(codes[images, chosen], pixels, best[images, chosen], logits.sigmoid(), picture_scores)
 
 
 def _first_tokens(tokenizer, words):
