@@ -7,8 +7,9 @@ from tar_hf._version import __version__
 from tar_hf.cli.inputs import check_codes, check_pictures, read_codes
 from tar_hf.cli.model import check_model, load_model, local_ta_tok, model_settings
 from tar_hf.cli.options import add_drawing_options, add_file_output, add_model_options, add_scale_option
-from tar_hf.cli.output import check_new_file, save_png, write_whole
+from tar_hf.cli.output import check_new_file, save_png
 from tar_hf.cli.progress import progress
+from tar_hf.new_files import new_file, new_folder
 
 
 def add_parsers(commands):
@@ -70,13 +71,12 @@ def _encode(arguments):
         "files": json.dumps([image.name for image in arguments.images]),
         "software": f"tar-hf {__version__}",
     }
-    write_whole(arguments.output, save({"codes": torch.cat(codes)}, metadata))
+    with new_file(arguments.output) as unfinished:
+        unfinished.write_bytes(save({"codes": torch.cat(codes)}, metadata))
     print(arguments.output)
 
 
 def _decode(arguments):
-    from tar_hf.conversion.output import new_folder
-
     check_model(arguments, "ta_tok", "detokenizer")
     codes, names = read_codes(arguments.codes)
     if config := local_ta_tok(arguments.model):

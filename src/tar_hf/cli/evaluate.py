@@ -43,7 +43,7 @@ def add_parser(commands):
 
 
 def _mini(arguments):
-    from tar_hf.conversion.output import new_folder
+    from tar_hf.new_files import new_folder
 
     check_model(arguments, "ta_tok", "detokenizer")
     if arguments.output is None:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and pictures that tell how they were made."""
+"""Files that may be written, and pictures that tell how they were made."""
 
 import io
 import json
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from tar_hf._version import __version__
+from tar_hf.new_files import new_file
 
 TEXTS = ("prompt", "seed", "model", "software")  # settings that stand in a PNG under their own names too
 
@@ -24,16 +25,6 @@ def check_new_file(path: Path, suffix: str, overwrite: bool):
         raise FileExistsError(f"{path} exists already: choose another name, or pass --overwrite")
 
 
-def write_whole(path: Path, content: bytes):
-    temporary = path.with_name(f".tar-hf-{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:  # an interrupt leaves nothing behind either
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def save_png(path: Path, image, settings: dict):
     """Writes a picture with its settings as text chunks: all of them as JSON in "parameters", and `TEXTS` alone."""
     from PIL.PngImagePlugin import PngInfo
@@ -45,4 +36,5 @@ def save_png(path: Path, image, settings: dict):
         chunks.add_text(name, str(settings[name]))
     content = io.BytesIO()
     image.save(content, format="PNG", pnginfo=chunks)
-    write_whole(path, content.getvalue())
+    with new_file(path) as unfinished:
+        unfinished.write_bytes(content.getvalue())

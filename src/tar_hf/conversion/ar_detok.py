@@ -17,8 +17,8 @@ from tar_hf.conversion.checkpoint import (
     shape_of,
 )
 from tar_hf.conversion.model_card import write_model_card
-from tar_hf.conversion.output import new_folder
 from tar_hf.modeling.modeling_ar_detok import PRESETS, ARDeTokConfig, ARDeTokForCausalLM
+from tar_hf.new_files import new_folder
 
 RENAMED = {
     "model.": "",

@@ -9,9 +9,9 @@ from huggingface_hub import metadata_load
 from tar_hf.conversion.checkpoint import ConversionError
 from tar_hf.conversion.folder import read_json
 from tar_hf.conversion.model_card import as_part, write_model_card
-from tar_hf.conversion.output import new_folder
 from tar_hf.conversion.publish import is_ignored
 from tar_hf.modeling.modeling_ta_tok import TATokConfig
+from tar_hf.new_files import new_folder
 from tar_hf.pipelines.tar_repository import PARTS, PARTS_FILE, RepoFolder, read_parts, write_pipeline_code
 
 USAGE = """

@@ -13,9 +13,9 @@ from tar_hf.conversion.assign import Report, match_tensors
 from tar_hf.conversion.checkpoint import ConversionError, building, read_checkpoint
 from tar_hf.conversion.folder import read_json, read_shapes, weight_files
 from tar_hf.conversion.model_card import write_model_card
-from tar_hf.conversion.output import new_folder
 from tar_hf.modeling.modeling_negative_condition import NegativeCondition
 from tar_hf.modeling.modeling_ta_tok import TATokConfig, TATokModel
+from tar_hf.new_files import new_folder
 from tar_hf.pipelines.pipeline_tar_diffusion_detok import TarDiffusionDeTokPipeline
 
 NEGATIVE = "negative_prompt_embeds.pth"

@@ -17,8 +17,8 @@ from tar_hf.conversion.assign import Report, match_tensors
 from tar_hf.conversion.checkpoint import ConversionError, building
 from tar_hf.conversion.folder import read_json, read_shapes, weight_files
 from tar_hf.conversion.model_card import write_model_card
-from tar_hf.conversion.output import new_folder
 from tar_hf.modeling.visual_vocabulary import ORIGINAL_NAMES, VisualVocabulary
+from tar_hf.new_files import new_folder
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ROWS = 4096  # of them that are compared at once

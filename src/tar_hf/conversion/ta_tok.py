@@ -10,9 +10,9 @@ from transformers import Siglip2VisionConfig, SiglipVisionConfig
 from tar_hf.conversion.assign import Report, assign_tensors
 from tar_hf.conversion.checkpoint import ConversionError, building, read_model_section, shape_of
 from tar_hf.conversion.model_card import write_model_card
-from tar_hf.conversion.output import new_folder
 from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
 from tar_hf.modeling.modeling_ta_tok import TATokConfig, TATokModel
+from tar_hf.new_files import new_folder
 
 # The published fixed-resolution SigLIP vision towers: (hidden size, attention heads) by the size in the model's name.
 # Heads are the one size that the shapes of the tensors do not tell.

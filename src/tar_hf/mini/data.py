@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from tar_hf.mini import scorer, world
 from tar_hf.mini.world import CANVAS, COLORS, RELATIONS, SHAPES, Scene
+from tar_hf.new_files import new_file
 from tar_hf.pipelines.tar_prompts import MATCHES, VARIATION
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -244,10 +245,8 @@ def _write(file, rows):
     """In groups, so that memory holds one of them, and beside the file first."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}")
-    with pq.ParquetWriter(unfinished, SCHEMA) as writer:
+    with new_file(file) as unfinished, pq.ParquetWriter(unfinished, SCHEMA) as writer:
         while group := list(islice(rows, ROWS_PER_GROUP)):
             for row in group:
                 row["image"] = [{"bytes": png(scene), "path": None} for scene in row["image"]]
             writer.write_table(pa.Table.from_pylist(group, SCHEMA))
-    unfinished.rename(file)

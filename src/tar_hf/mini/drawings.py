@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from tar_hf.mini import data, rewards, scorer, world
+from tar_hf.new_files import new_file
 from tar_hf.pipelines.tar_prompts import IMAGE, MATCHES
 from tar_hf.pipelines.tar_sampling import Callback, report
 from tar_hf.training.rows import CODES
@@ -44,9 +45,9 @@ def write_drawings(folder: str | Path, pipe, count: int, seed: int = 0, callback
         size = min(DRAWINGS_PER_FILE, count - first)
         file = folder / f"drawings-{first:06}.parquet"
         if not file.exists():
-            unfinished = file.with_name(f".{file.name}")
-            pq.write_table(pa.Table.from_pylist(_rows(pipe, size, f"{seed}/{first}"), SCHEMA), unfinished)
-            unfinished.rename(file)
+            rows = pa.Table.from_pylist(_rows(pipe, size, f"{seed}/{first}"), SCHEMA)
+            with new_file(file) as unfinished:
+                pq.write_table(rows, unfinished)
         report(callback, "drawings", first + size, count)
 
 

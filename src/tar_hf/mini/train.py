@@ -23,6 +23,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tar_hf.mini.processes import Processes
+from tar_hf.new_files import new_file
 
 RECIPES = Path(__file__).parent / "recipes"
 GATES_FILE = "gates.json"
@@ -217,7 +218,7 @@ def copy_recipes(output: Path, smoke: bool = False, diffusion: bool = False):
     for file in sorted([*source.glob("*.yaml"), *((source / "diffusion").glob("*.yaml") if diffusion else ())]):
         copy = output / file.name
         if not copy.exists():
-            with _new_file(copy) as unfinished:
+            with new_file(copy) as unfinished:
                 shutil.copyfile(file, unfinished)
         if copy.read_bytes() == (other / file.relative_to(source)).read_bytes() != file.read_bytes():
             how = "without" if smoke else "with"
@@ -246,7 +247,7 @@ def _keep_settings(output, name, smoke):
 
     folder = output / STARTED
     folder.mkdir(exist_ok=True)
-    with _new_file(folder / f"{name}.yaml") as unfinished:
+    with new_file(folder / f"{name}.yaml") as unfinished:
         text = yaml.safe_dump({"smoke": smoke, **_settings(output, name)}, sort_keys=False)
         unfinished.write_text(text, encoding="utf-8")
 
@@ -317,7 +318,7 @@ def _note(output, name, change: Callable[[dict], dict], without: Sequence[str] =
         gates = _gates(output)
         gates[name] = change(gates.get(name, {}))
         gates = {stage: gates[stage] for stage in ALL_STAGES if stage in gates and stage not in without}
-        with _new_file(output / GATES_FILE) as unfinished:
+        with new_file(output / GATES_FILE) as unfinished:
             unfinished.write_text(json.dumps(gates, indent=2) + "\n", encoding="utf-8")
     return gates[name]
 
@@ -354,14 +355,6 @@ def _working_in(folder) -> Iterator[None]:
         yield
     finally:
         os.chdir(before)
-
-
-@contextlib.contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
-    """Gives a name beside `path`, that is renamed to it in the end."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    yield unfinished
-    unfinished.replace(path)
 
 
 # Processes

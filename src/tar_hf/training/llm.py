@@ -18,9 +18,9 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, s
 
 from tar_hf.conversion.assemble import copy_parts
 from tar_hf.conversion.llm import write_llm_card
-from tar_hf.conversion.output import new_folder
 from tar_hf.modeling.modeling_ta_tok import TATokModel
 from tar_hf.modeling.visual_vocabulary import IMAGE_START, VisualVocabulary
+from tar_hf.new_files import new_folder
 from tar_hf.pipelines.tar_repository import RepoFolder, named_model, read_parts
 from tar_hf.training.conversations import IGNORED, ConversationTokenizer, PackingCollator, PaddingCollator
 from tar_hf.training.lora import LoRARecipe, add_lora, hub_id, load_base, load_tokenizer

@@ -25,8 +25,8 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file, find_adapter
 
 from tar_hf.conversion.assemble import copy_parts
 from tar_hf.conversion.llm import write_llm_card
-from tar_hf.conversion.output import new_folder
 from tar_hf.modeling.visual_vocabulary import VisualVocabulary
+from tar_hf.new_files import new_folder
 from tar_hf.pipelines.tar_repository import named_model
 from tar_hf.training.recipe import RecipeError, one_line
 

@@ -9,9 +9,7 @@ import functools
 import itertools
 import json
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from transformers import JanusVQVAE
 from tar_hf.modeling.image_processing_ta_tok import TATokImageProcessor
 from tar_hf.modeling.modeling_ar_detok import ARDeTokForCausalLM, nearest_vq_tokens
 from tar_hf.modeling.modeling_ta_tok import TATokModel
+from tar_hf.new_files import new_file
 from tar_hf.training.mixture import Source, TooManyBadRows
 from tar_hf.training.models import check_kind, check_sana, fingerprint, is_dc_ae
 from tar_hf.training.recipe import RecipeError, SourceRecipe
@@ -409,7 +408,7 @@ def _agree(output, settings):
         if output.exists() and any(output.iterdir()):
             raise FileExistsError(f"{output} holds something else: choose another folder")
         output.mkdir(parents=True, exist_ok=True)
-        with _new_file(file) as temporary:
+        with new_file(file) as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     try:
         there = json.loads(file.read_text(encoding="utf-8"))
@@ -432,22 +431,10 @@ def _count_bad_rows(output):
 def _write_part(output, name, table, bad):
     file = output / f"{name}.bad.jsonl"
     if bad:
-        with _new_file(file) as temporary:
+        with new_file(file) as temporary:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in bad)
             temporary.write_text("".join(lines), encoding="utf-8")
     else:
         file.unlink(missing_ok=True)  # of a process that was killed before it wrote the rows
-    with _new_file(output / f"{name}.parquet") as temporary:  # last: what it tells is that all is there
+    with new_file(output / f"{name}.parquet") as temporary:  # last: what it tells is that all is there
         pq.write_table(table, temporary)
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
-    """Gives a name beside `path` to write to; the file is renamed in the end, or removed when anything goes wrong."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -1,15 +1,28 @@
-"""Folders appear whole or not at all, whatever ends the conversion."""
+"""Files and folders appear whole or not at all, whatever ends what writes them."""
 
 import os
 import signal
 import stat
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
 from tar_hf.conversion import ConversionError, convert_ar_detok, convert_llm, convert_ta_tok
-from tar_hf.conversion.output import new_folder
+from tar_hf.new_files import new_file, new_folder
+
+
+def test_a_file_takes_the_place_of_another_in_the_end(tmp_path):
+    path = tmp_path / "codes"
+    path.write_text("old")
+    for error in (ValueError, KeyboardInterrupt, None):
+        with pytest.raises(error) if error else nullcontext(), new_file(str(path)) as unfinished:
+            unfinished.write_text("new")
+            assert unfinished.parent == tmp_path and path.read_text() == "old"
+            if error:
+                raise error
+        assert list(tmp_path.iterdir()) == [path] and path.read_text() == ("old" if error else "new")
 
 
 def test_folder_appears_in_the_end(tmp_path):

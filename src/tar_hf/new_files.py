@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 import os
 import shutil
@@ -8,6 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+
+@contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """
+    Gives a name beside `path` to write to. The file takes the place of `path` in the end, or is removed when anything
+    goes wrong.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:  # an interrupt leaves nothing behind either
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
