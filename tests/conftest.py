@@ -13,8 +13,10 @@ os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["HF_HOME"], "modules")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
@@ -121,3 +123,9 @@ def tar_repo(golden, ta_tok_repo, ar_detok_repo, tmp_path_factory) -> Path:
     convert_llm(golden / "published" / "llm", folder / "llm")
     assemble(folder / "repo", folder / "llm", ta_tok_repo(), ar_detok_repo("ar_dtok_64px"))
     return folder / "repo"
+
+
+@pytest.fixture(scope="session")
+def noise():
+    """A picture, the same in every process and whatever ran before (`Image.effect_noise` has a state of its own)."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))

@@ -16,10 +16,10 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture
-def example(tar_repo, tmp_path, monkeypatch, capsys):
+def example(tar_repo, noise, tmp_path, monkeypatch, capsys):
     """Runs an example by its name in a folder of its own; gives the lines that it prints."""
     monkeypatch.chdir(tmp_path)
-    Image.effect_noise((60, 40), 60).convert("RGB").save("photo.jpg")
+    noise.save("photo.jpg")
 
     def run(name, *arguments, model=tar_repo):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments), "--model", str(model), "--scale", "3"])

@@ -14,7 +14,7 @@ from tar_hf.new_files import new_file, new_folder
 
 
 def test_a_file_takes_the_place_of_another_in_the_end(tmp_path):
-    path = tmp_path / "codes"
+    path = tmp_path / ("図" * 85)  # as long as a name may be
     path.write_text("old")
     for error in (ValueError, KeyboardInterrupt, None):
         with pytest.raises(error) if error else nullcontext(), new_file(str(path)) as unfinished:

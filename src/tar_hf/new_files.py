@@ -17,7 +17,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
     goes wrong.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}.tmp")  # a name has 255 bytes at most
     try:
         yield temporary
         os.replace(temporary, path)

@@ -4,7 +4,6 @@ import shutil
 import signal
 
 import pytest
-from PIL import Image
 
 from tar_hf import TarPipeline
 from tar_hf.cli.main import main
@@ -18,10 +17,10 @@ def _signal_handlers_stay():
 
 
 @pytest.fixture
-def picture(tmp_path):
+def picture(noise, tmp_path):
     """A picture's file, beside which the test works."""
     file = tmp_path / "photo.png"
-    Image.effect_noise((60, 40), 60).convert("RGB").save(file)
+    noise.save(file)
     return file
 
 

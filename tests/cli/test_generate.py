@@ -171,12 +171,17 @@ def test_progress_shows_on_a_terminal_only(run, tmp_path, monkeypatch):
 def test_interrupt_leaves_whole_files_only(tar_repo, tmp_path):
     out = tmp_path / "out.png"
     command = ["generate", "a cat", "--num-images", "500", "--scale", "3", "--model", tar_repo, "-o", out]
-    process = subprocess.Popen([sys.executable, "-m", "tar_hf.cli.main", *command], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tar_hf.cli.main", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored behind a `nohup`
+    )
     while not (tmp_path / "out-001.png").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    assert process.communicate()[1] == "" and process.returncode == 130
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 130
     files = sorted(tmp_path.iterdir())
     assert 2 <= len(files) < 500
     for i, file in enumerate(files):

@@ -103,7 +103,12 @@ def test_an_interrupt_leaves_nothing(hub, folder, tmp_path):
     temporary.mkdir()
     environment = hub.environment(tmp_path / "home") | {"TMPDIR": str(temporary)}
     process = subprocess.Popen(
-        [*COMMAND, folder, "user/x"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*COMMAND, folder, "user/x"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored behind a `nohup`
     )
     deadline = time.monotonic() + 60
     while not list(temporary.glob("tar-hf-push-*")):

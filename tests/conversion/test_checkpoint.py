@@ -211,6 +211,14 @@ def test_random_damage_is_never_another_exception(tmp_path):
     assert refusals > 200
 
 
+def test_a_checkpoint_that_holds_itself_is_refused(tmp_path):
+    checkpoint = {}
+    checkpoint["model"] = checkpoint
+    torch.save(checkpoint, tmp_path / "source.pth")
+    with pytest.raises(ConversionError, match="nested too deeply to be a checkpoint"):
+        read_checkpoint(tmp_path / "source.pth")
+
+
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "none.pth"))):
         read_checkpoint(tmp_path / "none.pth")

@@ -194,6 +194,15 @@ def test_dtype_of_the_source_is_kept(source, tmp_path, dtype):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "repo").dtype == dtype
 
 
+def test_neither_a_place_nor_a_nameless_source_is_told(source, tmp_path, monkeypatch):
+    """As transformers 4 wrote it, converted from within the folder."""
+    change_config(source(), _name_or_path="/home/someone/checkpoints/tar")
+    monkeypatch.chdir(tmp_path / "source")
+    convert_llm(".", tmp_path / "repo")
+    assert "someone" not in (tmp_path / "repo" / "config.json").read_text()
+    assert "`source`" in (tmp_path / "repo" / "README.md").read_text()
+
+
 def test_computed_buffers_of_old_checkpoints_are_dropped(source, tmp_path):
     folder = source()
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"

@@ -1,5 +1,6 @@
 """What the reward stage draws, and what pictures are worth: rendered scenes, right and wrong ones."""
 
+import random
 from collections import Counter
 from itertools import islice
 
@@ -94,10 +95,26 @@ def test_what_a_task_asks_for_is_worth_all_and_something_else_is_not():
             assert task.reward(world.render(Scene((), right.background))) < 0.5
 
 
+def test_given_pictures_are_those_of_training(monkeypatch):
+    shown, render = [], world.render
+    monkeypatch.setattr(world, "render", lambda scene: shown.append(scene) or render(scene))
+    kinds = Counter()
+    for task in islice(drawing_tasks("0"), 1500):
+        if task.images is not None:
+            assert world.split_of(world.scene_key(shown[-1])) == "train"  # what was rendered for it
+            kinds[kind_of(task)] += 1
+    assert len(shown) == kinds.total() and min(kinds[kind] for kind in rewards.IMAGE_TASKS) > 50
+
+
 def test_one_thing_beside_the_given_one():
+    for task in islice((task for task in drawing_tasks("7") if kind_of(task) == "beside"), 8):
+        alone, relation, shape = task.reward.args[2].args
+        shown = scorer.read_scene(task.images[0])
+        assert scorer.same_things(alone, shown) and len(shown.things) == 1
+        both = next(filter(None, (world.beside(alone, relation, shape, random.Random(i)) for i in range(50))))
+        assert task.reward(world.render(both)) == pytest.approx(1.0)
+        assert task.reward(world.render(alone)) < 0.5
     given = Scene((CIRCLE,), "white")
-    task = next(task for task in drawing_tasks("7") if kind_of(task) == "beside")
-    assert len(scorer.read_scene(task.images[0]).things) == 1
     assert scorer.has_beside(given, "right of", "square", BOTH)
     assert not scorer.has_beside(given, "left of", "square", BOTH)
     assert not scorer.has_beside(given, "right of", "triangle", BOTH)

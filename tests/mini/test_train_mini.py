@@ -329,6 +329,11 @@ def test_a_stage_runs_once_at_a_time(stand_ins, tmp_path):
         pytest.raises(train.StageError, match="stage data runs in .*out already: wait until that process ends"),
     ):
         run_stage(out, "data", smoke=True)
+    with pytest.raises(train.StageError, match="stage teacher needs data") as caught:
+        run_stage(out, "teacher", smoke=True)
+    with pytest.raises(train.StageError, match="stage teacher needs data"):  # as long as the first is held
+        run_stage(out, "teacher", smoke=True)
+    assert caught.traceback
     run_stage(out, "data", smoke=True)
 
 

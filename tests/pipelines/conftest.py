@@ -1,7 +1,6 @@
 """What the tests of the pipelines share."""
 
 import pytest
-from PIL import Image
 
 from tar_hf.pipelines.pipeline_tar import TarPipeline
 
@@ -13,5 +12,5 @@ def pipe(tar_repo):
 
 
 @pytest.fixture(scope="module")
-def picture():
-    return Image.effect_noise((60, 40), 60).convert("RGB")
+def picture(noise):
+    return noise

@@ -185,6 +185,11 @@ def test_diffusion_detokenizer(tar_repo, ta_tok_repo, diffusion_detok_repo, gold
     window = pipe("a cat", generator=seeds(3), jacobi_window=8, **options).images[0]  # of the language model alone
     assert window.tobytes() == drawn[0].tobytes()
     assert seen[-3:] == [("pixels", 1, 3), ("pixels", 2, 3), ("pixels", 3, 3)]
+    seen.clear()
+    for name in ("return_dict", "features", "codes"):  # of its call, and not of its `detokenize`
+        with pytest.raises(TypeError, match=f"has no option {name}"):
+            pipe("a cat", scale=3, callback=lambda *step: seen.append(step), **{name: None})
+    assert not seen
 
 
 @pytest.mark.parametrize(

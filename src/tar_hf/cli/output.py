@@ -32,8 +32,9 @@ def save_png(path: Path, image, settings: dict):
     settings = {**settings, "software": f"tar-hf {__version__}"}
     chunks = PngInfo()
     chunks.add_text("parameters", json.dumps(settings))
-    for name in settings.keys() & set(TEXTS):
-        chunks.add_text(name, str(settings[name]))
+    for name in TEXTS:
+        if name in settings:
+            chunks.add_text(name, str(settings[name]))
     content = io.BytesIO()
     image.save(content, format="PNG", pnginfo=chunks)
     with new_file(path) as unfinished:

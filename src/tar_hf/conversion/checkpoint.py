@@ -53,7 +53,10 @@ def read_checkpoint(path: str | Path) -> dict:
                     "reading it could run its code"
                 ) from None
             raise ConversionError(f"{path} is damaged ({type(error).__name__}): download it again") from None
-    return _plain(checkpoint)
+    try:
+        return _plain(checkpoint)
+    except RecursionError:
+        raise ConversionError(f"{path} is nested too deeply to be a checkpoint, or holds itself") from None
 
 
 def _plain(value):

@@ -89,7 +89,7 @@ def convert_llm(source: str | Path, output: str | Path, base_model: str | None =
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         base_model = base_model or {1536: "csuhan/Tar-1.5B", 3584: "csuhan/Tar-7B-v0.1"}.get(config.hidden_size)
-        write_llm_card(folder, Path(output).name, config, vocabulary, source.name, base_model)
+        write_llm_card(folder, Path(output).name, config, vocabulary, source.resolve().name, base_model)
     return report
 
 
@@ -122,6 +122,7 @@ def write_llm_card(
 
 def _clean_fields(fields):
     known = Qwen2Config().to_dict().keys() | OLDER_FIELDS
+    known -= {"_name_or_path"}  # a place on another machine
     clean = {name: value for name, value in fields.items() if name in known}
     return {**clean, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 

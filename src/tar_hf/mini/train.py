@@ -164,8 +164,10 @@ def run_stage(output: str | Path, name: str, smoke: bool = False, callback: Prog
         lock.acquire(timeout=0)
     except Timeout:
         raise StageError(f"stage {name} runs in {output} already: wait until that process ends, or end it") from None
-    with lock:
+    try:
         return _run_stage(output, name, smoke, callback)
+    finally:
+        lock.release()
 
 
 def _run_stage(output, name, smoke, callback):

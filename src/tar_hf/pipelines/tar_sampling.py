@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, StoppingCriteria
 
+# What `detokenize` of a pipeline of diffusers tells its call, and what would not give one image for each condition.
+OWN_OPTIONS = {"codes", "features", "generator", "output_type", "return_dict", "num_images_per_prompt"}
 STEP_END = "callback_on_step_end"  # how a pipeline of diffusers reports a step
 Callback = Callable[[str, int, int], object]  # stage, step, total; `False` interrupts
 
@@ -70,6 +72,8 @@ def unknown_options(detokenizer, options: dict) -> set[str]:
         known |= inspect.signature(GenerationMixin.generate).parameters.keys()
         return options.keys() - (known - {"condition", "inputs", "num_return_sequences"})
     parameters = _parameters(detokenizer)
+    if STEP_END in parameters:  # of which `detokenize` says some itself
+        return options.keys() - (parameters.keys() - OWN_OPTIONS)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return set()
     return options.keys() - parameters.keys()
