@@ -135,6 +135,15 @@ def test_columns(whole):
     assert "Hüllo" in merged[2]["conversations"]
 
 
+def test_rows_of_a_limit_have_their_numbers_in_the_whole_source(rows, models, tmp_path):
+    source = SourceRecipe(str(rows), task="t2i", limit="end:5")  # 9 .. 13, of which 11 is bad
+    pretokenize(source, tmp_path / "out", ta_tok=models["ta_tok"], scales=[3])
+    written = open_source(SourceRecipe(str(tmp_path / "out")))
+    assert [row["source_row"] for row in written.rows] == [9, 10, 12, 13]
+    (file,) = (tmp_path / "out").glob("*.bad.jsonl")
+    assert [json.loads(line)["source_row"] for line in file.read_text().splitlines()] == [11]
+
+
 def test_bad_rows_are_listed(whole):
     bad = [json.loads(line) for file in sorted(whole.glob("*.bad.jsonl")) for line in file.read_text().splitlines()]
     assert [row["source_row"] for row in bad] == [8, 11]

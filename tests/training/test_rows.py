@@ -171,6 +171,12 @@ def test_an_animation_gives_its_first_frame(tmp_path):
     assert open_image(str(tmp_path / "two.gif")).getpixel((0, 0)) == (255, 0, 0)
 
 
+def test_the_first_page_of_a_deep_picture_has_its_colors(tmp_path):
+    pages = [Image.fromarray(np.array([[0, 2560, 25600, 65535]], dtype=np.uint16) // part) for part in (1, 2)]
+    pages[0].save(tmp_path / "two.tiff", save_all=True, append_images=pages[1:])
+    assert list(np.asarray(open_image(str(tmp_path / "two.tiff")))[0, :, 0]) == [0, 10, 100, 255]
+
+
 def test_square_pixels():
     pixels = square_pixels(open_image(png()), 5)
     assert pixels.shape == (3, 5, 5) and pixels.dtype == torch.float32

@@ -253,6 +253,20 @@ def test_limits(ten, limit, expected):
     assert [int(row["text"]) for row in rows] == list(expected)
 
 
+@pytest.mark.parametrize("limit", [None, "first:4", "end:3", "random:5"])
+def test_numbers_are_those_of_the_whole_source(ten, limit):
+    source = open_source(SourceRecipe(ten, limit=limit), 3)
+    assert [int(row["text"]) for row in source.rows] == [source.number(row) for row in range(len(source.rows))]
+
+
+def test_a_folder_with_brackets_is_no_pattern(tmp_path):
+    for name in ("rows[1]", "rows1"):
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table({"text": [name]}), tmp_path / name / "part.parquet")
+    for name in ("rows[1]", "rows1"):
+        assert [row["text"] for row in open_source(SourceRecipe(str(tmp_path / name))).rows] == [name]
+
+
 def test_random_limits(ten):
     def drawn(limit, seed):
         return [int(row["text"]) for row in open_source(SourceRecipe(ten, limit=limit), seed).rows]

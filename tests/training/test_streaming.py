@@ -103,6 +103,22 @@ def test_readers_share_the_files(files, processes, workers):
         assert all(shares)
 
 
+@pytest.mark.parametrize("readers", [2, 3])
+def test_readers_share_what_does_not_divide(tmp_path, readers):
+    """Of 4 or 5 equal files: no reader has more than one row more than another, so that all rows come as often."""
+    for count in (4, 5):
+        for number in range(count):
+            write(tmp_path / f"{count}-{number}.jsonl", range(number * 6, number * 6 + 6))
+        samples = stream(str(tmp_path / f"{count}-*.jsonl"))
+        for passes in range(2):
+            shares = [
+                [json.loads(row["json"])["id"] for _, row in samples._share(0, passes, i, readers)]
+                for i in range(readers)
+            ]
+            assert sorted(row for share in shares for row in share) == list(range(count * 6))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
 def test_exact_ratios_and_draws_of_their_own(files, tmp_path):
     other = write(tmp_path / "other.jsonl", range(100, 103))
     samples = stream(SourceRecipe(files, ratio=3), SourceRecipe(other), transform=drawing)

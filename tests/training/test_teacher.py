@@ -204,6 +204,16 @@ def test_rows_need_no_regions(make, tmp_path):
     trainer.train()
     logs = trainer.state.log_history[0]
     assert logs["pixel_loss"] > 0 and "region_loss" not in logs
+    batch = collate([trainer.train_dataset[i] for i in range(3)])
+    trainer.model(**batch, options=trainer.recipe.model).loss.backward()
+    assert trainer.model.region_head.weight.grad is not None  # other processes may have regions, and wait for it
+    assert not trainer.model.region_head.weight.grad.any() and trainer.model.region_scale.grad == 0
+
+
+@pytest.mark.parametrize("layer", [-9, 9])
+def test_a_layer_that_is_not_there(make, layer):
+    with pytest.raises(RecipeError, match=f"model.select_layer must be one of . hidden states, got {layer}"):
+        build(make(model={"select_layer": layer}))
 
 
 @pytest.mark.parametrize(

@@ -258,3 +258,16 @@ def test_wrong_recipes(make, model, message):
 def test_recipes_that_cannot_be_built(make, model, message):
     with pytest.raises(RecipeError, match=message):
         build(make(model=model))
+
+
+def test_a_codebook_has_to_start_within_the_run(make):
+    with pytest.raises(
+        RecipeError, match="continuous_steps must be below the run's 3 steps, got 3: the codebook would"
+    ):
+        build(make(model={"config": CONFIG, "continuous_steps": 3}, max_steps=3))
+
+
+def test_what_is_no_autoencoder_is_not_gone_on_with(make, ar_detok_repo):
+    """The library would take the sizes of the one inside, and none of its weights."""
+    with pytest.raises(RecipeError, match="model.init_from .* must hold a model of the type janus_vqgan, got ar_detok"):
+        build(make(model={"init_from": str(ar_detok_repo())}))

@@ -99,6 +99,7 @@ class Source:
         ratio (`float`): Share in the mixture, relative to the others'.
         folder (`str` or `SeveralFolders`, *optional*): What relative picture paths start from.
         task (`str`, *optional*): For rows of a picture and a caption.
+        numbers (`Sequence[int]`, *optional*): What the rows' numbers are in the whole source, where a limit chose them.
     """
 
     name: str
@@ -106,6 +107,11 @@ class Source:
     ratio: float = 1.0
     folder: str | SeveralFolders | None = None
     task: str | None = None
+    numbers: Sequence[int] | None = None
+
+    def number(self, row: int) -> int:
+        """A row's number in the whole source."""
+        return row if self.numbers is None else int(self.numbers[row])
 
     def __post_init__(self):
         if not 0 < self.ratio < math.inf:
@@ -183,7 +189,7 @@ class Mixture(torch.utils.data.Dataset):
             try:
                 return self._sample(source, row, draw)
             except BadRow as error:
-                self._bad_rows.add(f"row {row} of {source.name}", error)
+                self._bad_rows.add(f"row {source.number(row)} of {source.name}", error)
             row = draw.randrange(len(source.rows))
 
     def _sample(self, source, row, draw):

@@ -100,9 +100,10 @@ def pretokenize(
     """
     Writes a data set with codes in the place of its pictures: a folder for `open_source`, rows for `read_row`.
 
-    Each row keeps its other columns and gets `source_row`, its number in the source, and one list for each image in
-    `codes_scale1` .. `codes_scale3`, `vq_ids` and `latents`, as far as they are asked for. Rows of text only have empty
-    lists. Of rows of JSON, `conversations`, `conversations_short` and `text` stay, and the rest is JSON in `other`.
+    Each row keeps its other columns and gets `source_row`, its number in the whole source, and one list for each image
+    in `codes_scale1` .. `codes_scale3`, `vq_ids` and `latents`, as far as they are asked for. Rows of text only have
+    empty lists. Of rows of JSON, `conversations`, `conversations_short` and `text` stay, and the rest is JSON in
+    `other`.
 
     Under `accelerate launch` every process does its share. A call on an unfinished folder goes on with it.
 
@@ -177,7 +178,7 @@ def pretokenize(
     for part in missing:
         known = _count_bad_rows(output)
         writer = _Part(encoders, batch_size, device)
-        for number in shares[part]:
+        for number in map(opened.number, shares[part]):
             record, pictures, reason = next(loaded)
             if reason is None:
                 writer.add(record | {"source_row": number}, pictures)

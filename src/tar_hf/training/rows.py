@@ -162,7 +162,7 @@ def open_image(source: str | bytes | Image.Image) -> Image.Image:
 
 def _rgb(image):
     if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-        image = image.convert("RGB")
+        image = image.copy()  # the frame alone, in its own mode
     pixels = TATokImageProcessor().process_image(image, max_pixels=TATokImageProcessor.max_pixels)
     return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
 

@@ -62,9 +62,11 @@ def open_source(recipe: SourceRecipe, seed: int = 0) -> Source:
     dataset, folder = load(recipe, streaming=False)
     if not len(dataset):
         raise RecipeError(f"{recipe.path} has no rows")
+    numbers = None
     if limit is not None:
-        dataset = _keep(dataset, *limit, recipe, seed)
-    return Source(recipe.path, Rows(dataset), float(recipe.ratio), folder, recipe.task)
+        numbers = _chosen(len(dataset), *limit, recipe, seed)
+        dataset = dataset.select(numbers)
+    return Source(recipe.path, Rows(dataset), float(recipe.ratio), folder, recipe.task, numbers)
 
 
 def load(
@@ -104,14 +106,14 @@ def parse_limit(recipe: SourceRecipe) -> tuple[str, int, bool] | None:
     return how, int(number), amount.endswith("%")
 
 
-def _keep(dataset, how, amount, percent, recipe, seed):
-    """The rows that a limit names."""
-    rows = math.ceil(amount * len(dataset) / 100) if percent else amount
-    if rows > len(dataset):
-        raise RecipeError(f"{recipe.path} has {len(dataset)} rows, so limit {recipe.limit} cannot be kept")
+def _chosen(total, how, amount, percent, recipe, seed):
+    """The numbers of the rows that a limit names."""
+    rows = math.ceil(amount * total / 100) if percent else amount
+    if rows > total:
+        raise RecipeError(f"{recipe.path} has {total} rows, so limit {recipe.limit} cannot be kept")
     if how == "random":
-        dataset = dataset.shuffle(seed=seed)
-    return dataset.select(range(rows) if how != "end" else range(len(dataset) - rows, len(dataset)))
+        return np.random.default_rng(seed).permutation(total)[:rows]
+    return range(rows) if how == "first" else range(total - rows, total)
 
 
 def _find(recipe):
@@ -179,7 +181,8 @@ def _of_one_kind(recipe, files):
 
 
 def _load_parquet(files, streaming):
-    names = [str(file) for file in files if pq.read_metadata(file).num_rows]  # `datasets` fails on a file of none
+    # `datasets` fails on a file of no rows, and takes names for patterns.
+    names = [glob.escape(str(file)) for file in files if pq.read_metadata(file).num_rows]
     if not names:
         raise RecipeError(f"{', '.join(map(str, files))} has no rows")
     return datasets.load_dataset("parquet", data_files=names, split="train", streaming=streaming)

@@ -2,7 +2,7 @@
 to be memory-mapped or is read from the Hub.
 
 Every reader, which is one DataLoader worker of one process, reads a share of every source that no other reader has:
-whole files where there are enough of them, else every n-th row.
+whole files as far as each gets as many, and every n-th row of the rest.
 """
 
 import functools
@@ -128,19 +128,20 @@ class Stream(torch.utils.data.IterableDataset):
     def _share(self, number, passes, reader, readers):
         source, first = self.sources[number], self.firsts[number]
         stream = source.rows
-        if first is not None:
-            files = [stream.take(first)]
-        else:
-            files = [stream.shard(stream.n_shards, file, contiguous=False) for file in range(stream.n_shards)]
-        order = list(range(len(files)))
+        order = list(range(stream.n_shards if first is None else 1))
         if self.shuffle_buffer > 1:
             random.Random(f"{self.seed}/{number}/{passes}").shuffle(order)  # the same for all readers
-        whole = len(files) >= readers
-        rows = 0
-        for file in order[reader::readers] if whole else order:
-            for place, single in enumerate(_arrow_rows(files[file])):
-                if whole or rows % readers == reader:
+        whole = len(order) // readers * readers  # so many files are read by one each, and the rest by all
+        rows = divided = 0
+        for turn, file in enumerate(order):
+            if turn < whole and turn % readers != reader:
+                continue
+            # A shard is costly to name where there are thousands: one's own alone.
+            own = stream.take(first) if first is not None else stream.shard(stream.n_shards, file, contiguous=False)
+            for place, single in enumerate(_arrow_rows(own)):
+                if turn < whole or divided % readers == reader:
                     yield f"row {place} of file {file} of {source.name}", arrow_row(single)
+                divided += turn >= whole
                 rows += 1
         if first is not None and rows < first:
             raise RecipeError(f"{source.name} has {rows} rows, so limit first:{first} cannot be kept")

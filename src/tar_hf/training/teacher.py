@@ -152,6 +152,9 @@ class Teacher(SiglipModel):
         if region_ids is not None:
             region_loss = self._region_loss(features, region_ids, patch_regions)
             loss = loss + options.region_loss_weight * region_loss
+        else:  # several processes wait for the gradients of all that is trained, and not all may have regions
+            unused = (*self.region_head.parameters(), self.region_scale)
+            loss = loss + 0 * sum(parameter.sum() for parameter in unused)
         return TeacherOutput(loss, outputs.loss, pixel_loss, region_loss, accuracy)
 
     def _region_loss(self, features, region_ids, patch_regions):
@@ -276,6 +279,9 @@ def build(recipe: TeacherRecipe) -> TeacherTrainer:
     if tokenizer.pad_token_id is None:
         raise RecipeError(f"model.tokenizer {options.tokenizer} needs a padding token")
     config = _config(options, tokenizer)
+    layers = config.vision_config.num_hidden_layers
+    if not -layers - 1 <= options.select_layer <= layers:
+        raise RecipeError(f"model.select_layer must be one of {layers + 1} hidden states, got {options.select_layer}")
     model = Teacher(config)
     if options.attn_implementation is not None:
         model.set_attn_implementation(options.attn_implementation)

@@ -146,10 +146,12 @@ class TarTrainer(Trainer):
 
     def row_generators(self, rows: int) -> list[torch.Generator]:
         """A CPU generator for each row of the batch, by its place in the step's global batch."""
-        batch = self._place[1] if self.model.training else self._evaluated
-        batch = batch * self.args.world_size + self.args.process_index
-        step = self.state.global_step if self.model.training else "evaluation"
-        seeds = (random.Random(f"{self.args.seed}/{step}/{batch * rows + row}") for row in range(rows))
+        if self.model.training:
+            step, batch, size = self.state.global_step, self._place[1], rows
+        else:  # whose last batch may be smaller
+            step, batch, size = "evaluation", self._evaluated, self.args.eval_batch_size
+        first = (batch * self.args.world_size + self.args.process_index) * size
+        seeds = (random.Random(f"{self.args.seed}/{step}/{first + row}") for row in range(rows))
         return [torch.Generator().manual_seed(seed.getrandbits(63)) for seed in seeds]
 
     def track(self, name: str, value: torch.Tensor | float, weight: torch.Tensor | float = 1.0):

@@ -26,6 +26,7 @@ from transformers.utils import ModelOutput
 from tar_hf.modeling.modeling_ta_tok import mean_of_kind
 from tar_hf.training.alike import look_alike
 from tar_hf.training.code_usage import CodeUsage
+from tar_hf.training.models import check_kind
 from tar_hf.training.recipe import Recipe, RecipeError
 from tar_hf.training.rows import BadRow, Row, open_image, read_images, square_pixels
 from tar_hf.training.trainer import TarTrainer, open_data, run, training_arguments
@@ -261,9 +262,12 @@ class VQTrainer(TarTrainer):
 
 def build(recipe: VQRecipe) -> VQTrainer:
     """Makes or loads the autoencoder and opens the data."""
-    arguments = training_arguments(recipe)
+    # The codebook is not used for `continuous_steps`.
+    unused = {"ddp_find_unused_parameters": True} if recipe.model.continuous_steps else {}
+    arguments = training_arguments(recipe, **unused)
     set_seed(recipe.seed)
     if recipe.model.init_from is not None:
+        check_kind("model.init_from", recipe.model.init_from, "janus_vqgan")
         model = TrainableVQVAE.from_pretrained(recipe.model.init_from, dtype=torch.float32)
     else:
         model = TrainableVQVAE(JanusVQVAEConfig(**recipe.model.config))
@@ -284,6 +288,11 @@ def build(recipe: VQRecipe) -> VQTrainer:
         )
     transform = SquareTransform(size, crop=crop_size is not None)
     data, held_out = open_data(recipe.data, arguments, transform, reader=read_images)
+    if recipe.model.continuous_steps >= arguments.max_steps:
+        raise RecipeError(
+            f"model.continuous_steps must be below the run's {arguments.max_steps} steps, got "
+            f"{recipe.model.continuous_steps}: the codebook would stay as random as it starts"
+        )
     return VQTrainer(
         model=model,
         args=arguments,
