@@ -21,7 +21,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", type=Path)
     parser.add_argument("questions", nargs="*", help="in turn; by default what it shows, and in which colors")
-    parser.add_argument("--model", required=True, help="a Tar repository: folder or Hub id")
+    parser.add_argument("--model", required=True, help="a Tar repository: folder, Hub id or tar-mini")
     parser.add_argument("--scale", type=int, default=1, help="1, 2 or 3: finer to coarser codes")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--device", default=DEVICE, help="such as cuda:1; default: a CUDA GPU, or else the CPU")

@@ -19,7 +19,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
     parser.add_argument("images", nargs="+", type=Path)
-    parser.add_argument("--model", required=True, help="a Tar repository: folder or Hub id")
+    parser.add_argument("--model", required=True, help="a Tar repository: folder, Hub id or tar-mini")
     parser.add_argument("--scale", type=int, default=1, help="of the drawn picture, 1, 2 or 3: finer to coarser codes")
     parser.add_argument("--image-scale", type=int, default=1, help="of the given pictures")
     parser.add_argument("--seed", type=int, default=0)

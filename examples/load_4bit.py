@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
-    parser.add_argument("--model", required=True, help="a Tar repository: folder or Hub id")
+    parser.add_argument("--model", required=True, help="a Tar repository: folder, Hub id or tar-mini")
     parser.add_argument("--scale", type=int, default=1, help="1, 2 or 3: finer to coarser codes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=DEVICE, help="such as cuda:1; default: a CUDA GPU, or else the CPU")

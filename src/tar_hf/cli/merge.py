@@ -12,7 +12,7 @@ def add_parser(commands):
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="folder that `train llm` wrote, or a Hub id")
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to make; it must not exist")
-    parser.add_argument("--base", metavar="REPO", help="folder or Hub id of the base, where the adapter's note is old")
+    parser.add_argument("--base", metavar="REPO", help="folder or Hub id of the base, if it has moved since")
     parser.set_defaults(run=_merge)
 
 

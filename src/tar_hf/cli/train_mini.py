@@ -19,8 +19,9 @@ HELP = (
     f"process of its own and ends with a measurement, which OUT/{GATES_FILE} keeps with the time that it took; one "
     "that is too low stops the command. On a CPU two stages run side by side, unless --jobs says otherwise. Given "
     "again, the command goes on where it was killed, and leaves out the stages that are done; one whose entry there "
-    "has been deleted runs anew, and so does what was made from it. OUT gets those recipes that it has not: they are "
-    "yours to change, but once a stage has begun only in what they say of `training`."
+    "has been deleted goes on from its last checkpoint, so raise its max_steps first, and when it passes what was made "
+    "from it is made anew. OUT gets copies of the recipes that it lacks: change them before a stage begins, and later "
+    "only their `training`, and in mini.yaml gates, probe_* and bfloat16."
 )
 
 
