@@ -1,7 +1,13 @@
 """How codes are drawn, on the golden system: guided, in windows, and what they cost."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from tar_hf import VisualVocabulary
+from tar_hf.pipelines import tar_drawing
 
 
 def seeds(*values):
@@ -34,6 +40,37 @@ def test_heads_that_share_keys_are_so_many_queries(pipe, prompts, implementation
         assert torch.equal(pipe(prompts, scale=3, do_sample=False, output_type="pt").codes, drawn)
     finally:
         model.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_layer_that_sees_less_draws_as_it_sees(window):
+    """Greedy codes are those of one pass through all of them, also where layers have a sliding window."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sliding = {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 1}
+    config = Qwen2Config(vocab_size=60, intermediate_size=32, initializer_range=0.5, **sizes, **sliding)
+    model = Qwen2ForCausalLM(config).eval()
+    assert ("sliding_attention" in config.layer_types) == (window is not None)
+    vocabulary = VisualVocabulary(20, 21, 22, 3, 25, 35)
+    ids, mask = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]]), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    codes = tar_drawing.draw_codes(model, vocabulary, ids, mask, torch.arange(2), torch.zeros(2, 12), warpers=None)
+    for row, padding, drawn in zip(ids, (1, 0), codes, strict=True):
+        whole = torch.cat([row[padding:], vocabulary.codes_to_ids(drawn)])[None]
+        with torch.no_grad():
+            logits = model(whole, use_cache=False).logits[0, len(row) - padding - 1 : -1]
+        assert torch.equal(logits[:, vocabulary.first_code_id :].argmax(-1), drawn)
+
+
+def test_the_mask_of_an_accelerator_is_made_once(pipe, monkeypatch):
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, config=pipe.model.config)
+    assert tar_drawing._decoding_mask(on_gpu, torch.ones(2, 3), 4) is None
+    padded = tar_drawing._decoding_mask(on_gpu, torch.tensor([[0, 1, 1], [1, 1, 1]]), 4)
+    assert padded.shape == (2, 1, 1, 7) and padded.dtype == torch.bfloat16
+    assert (padded != 0).nonzero().tolist() == [[0, 0, 0, 0]]
+    options = {"scale": 3, "num_images_per_prompt": 2, "output_type": "pt"}
+    before = pipe("a cat", generator=seeds(0, 1), **options).codes
+    monkeypatch.setattr(tar_drawing, "_decoding_mask", lambda *_: None)
+    assert torch.equal(pipe("a cat", generator=seeds(0, 1), **options).codes, before)
 
 
 def test_windows_draw_the_same_images(pipe, picture):

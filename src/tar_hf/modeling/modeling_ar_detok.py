@@ -612,7 +612,10 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
             guidance_scale = None
             if step == interval + 2:
                 keep_first_rows(past_key_values, len(input_ids))
-        inputs = {"condition": inputs_embeds} if is_first_iteration else {"input_ids": input_ids[:, -1:].contiguous()}
+        # A copy: of one row the last column counts as contiguous, and has another stride at every step, for each of
+        # which a compiled step is compiled, and its CUDA graph recorded, anew.
+        last = input_ids[:, -1:].clone(memory_format=torch.contiguous_format)
+        inputs = {"condition": inputs_embeds} if is_first_iteration else {"input_ids": last}
         return {**inputs, "past_key_values": past_key_values, "guidance_scale": guidance_scale, **kwargs}
 
     def decode_ids(self, ids: torch.LongTensor) -> torch.FloatTensor:

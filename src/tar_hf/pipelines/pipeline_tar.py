@@ -27,6 +27,7 @@ except ImportError:  # in a Hub repository, where the files stand side by side
     from .visual_vocabulary import IMAGE_START, SCALE
 
 OUTPUT_TYPES = ("pil", "np", "pt")
+ENCODED_TOGETHER = 16  # images, where there is an accelerator
 
 
 @dataclass
@@ -96,10 +97,11 @@ class TarPipeline(TarParts):
 
     @torch.no_grad()
     def _encode(self, pixels, scale, callback):
-        codes = []
-        for i, image in enumerate(pixels.split(1), 1):  # one at a time: a batch is no faster and needs its memory
-            codes.append(self.encoder.encode(image.to(self.encoder.device), scale=scale))
-            report(callback, "encode", i, len(pixels))
+        codes, device = [], self.encoder.device
+        # On a CPU one at a time: a batch is no faster there, and needs its memory.
+        for part in pixels.split(1 if device.type == "cpu" else ENCODED_TOGETHER):
+            codes.append(self.encoder.encode(part.to(device), scale=scale))
+            report(callback, "encode", sum(map(len, codes)), len(pixels))
         return torch.cat(codes)
 
     @torch.no_grad()

@@ -136,7 +136,7 @@ def draw_codes(
         codes = torch.cat([codes, choose(logits, column)[:, None]], 1)
         on_step(step)
         if step < tokens:
-            shown = mask[..., : mask.shape[-1] - tokens + step]
+            shown = None if mask is None else mask[..., : mask.shape[-1] - tokens + step]
             ids = twice(codes[:, -1:] + vocabulary.first_code_id)
             logits = guide(logits_of(ids, shown, positions + step - 1, last=1)[:, 0])
     numbers.check()
@@ -149,14 +149,14 @@ def visual_logits(model, vocabulary, ids, mask, positions, cache, last: int) -> 
     inputs |= {"past_key_values": cache, "use_cache": cache is not None}
     head, config = model.get_output_embeddings(), model.config
     first, end = vocabulary.first_code_id, vocabulary.vocab_size
-    # Weights that accelerate holds elsewhere come when the layer itself is called.
-    there = type(head) is nn.Linear and head.weight.device == ids.device
+    # Weights that accelerate has taken off come when the layer itself is called.
+    there = type(head) is nn.Linear and not head.weight.is_meta
     if not there or any(getattr(config, name, None) for name in LOGIT_SETTINGS):
         outputs = model(**inputs, logits_to_keep=last)
         return outputs.logits[..., first:end].float()
-    hidden = model.get_decoder()(**inputs).last_hidden_state[:, -last:].to(ids.device)
+    hidden = model.get_decoder()(**inputs).last_hidden_state[:, -last:].to(head.weight.device)
     bias = None if head.bias is None else head.bias[first:end]
-    return F.linear(hidden, head.weight[first:end], bias).float()
+    return F.linear(hidden, head.weight[first:end], bias).float().to(ids.device)
 
 
 def check_jacobi(model: PreTrainedModel, window: int):
@@ -172,11 +172,15 @@ def check_jacobi(model: PreTrainedModel, window: int):
 def _decoding_mask(model, mask, tokens):
     """The mask of prompts (B, L) and of as many tokens behind them, for one query at a time.
 
-    On CPUs it is (B, 1, 1, L + tokens), added to scores: with it the library takes heads that share keys as so many
-    queries, which its kernel is made for, where without one it has a single query for each.
+    It is (B, 1, 1, L + tokens), added to scores, so that the library makes none anew for every code, for which it would
+    wait for the device. Where nothing is padded it is `None`, but on CPUs: with one the library takes heads that share
+    keys as so many queries, which its kernel is made for, where without one it has a single query for each.
     """
+    if model.device.type != "cpu" and mask.all():
+        return None
     mask = F.pad(mask, (0, tokens), value=1)
-    if model.device.type != "cpu" or model.config._attn_implementation not in ("eager", "sdpa"):
+    some_see_less = any(kind != "full_attention" for kind in getattr(model.config, "layer_types", None) or ())
+    if some_see_less or model.config._attn_implementation not in ("eager", "sdpa"):
         return mask
-    added = torch.zeros(mask.shape, dtype=model.dtype)
+    added = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
     return added.masked_fill(mask == 0, torch.finfo(added.dtype).min)[:, None, None]
