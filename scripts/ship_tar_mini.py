@@ -8,9 +8,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from tar_hf import TarDiffusionDeTokPipeline, TarPipeline
+from tar_hf import TarDiffusionDeTokPipeline
 from tar_hf.mini import INDEX, WEIGHTS
-from tar_hf.mini.gates import megabytes
+from tar_hf.mini.gates import load_all_parts, megabytes
 
 PACKAGE = WEIGHTS.parents[1]
 MEGABYTES = 20  # at most
@@ -27,9 +27,7 @@ def ship(source: Path, weights: Path = WEIGHTS):
         raise ValueError(f"expected a folder named {' or '.join(INDEX)}, got {source}")
     target = weights / source.name
     if source.name == "tar-mini":
-        pipe = TarPipeline.from_pretrained(source)  # loads nothing but the tokenizer yet
-        for part in ("model", "encoder", "decoder", "detokenizer", "image_processor"):
-            getattr(pipe, part)
+        load_all_parts(source)
     else:
         TarDiffusionDeTokPipeline.from_pretrained(source)
     files = sorted(file for file in source.rglob("*") if file.is_file())

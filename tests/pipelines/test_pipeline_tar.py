@@ -331,6 +331,7 @@ MARKED = [{"role": "user", "content": [{"type": "text", "text": "<image> What is
         (lambda pipe, image: pipe.generate_text("a", generator=seeds(1)), "do_sample=True"),
         (lambda pipe, image: pipe.generate_text("a", do_sample=True, num_beams=2), "num_beams=2 only goes with do_sam"),
         (lambda pipe, image: pipe.generate_text("a", num_return_sequences=2), "num_return_sequences=2: repeat the pr"),
+        (lambda pipe, image: pipe.generate_text("a", num_return_sequences=0), "num_return_sequences=0: repeat the pr"),
         (lambda pipe, image: pipe.generate_text("a", generation_config=TWICE), "num_return_sequences=2: repeat the pr"),
         (lambda pipe, image: pipe.generate_text("a", images=TWO), "expected one image for each <image>, got 2 for 1"),
         (lambda pipe, image: pipe.generate_text("a", images=[[image, image]]), "got 2 for 1: pass a list"),

@@ -312,13 +312,18 @@ def probe_drawings(output: Path, recipe: MiniRecipe) -> dict[str, float]:
 
 def probe_assemble(output: Path, recipe: MiniRecipe) -> dict[str, float]:
     """Size of the repository, every part of which has to load."""
+    folder = output / "tar-mini"
+    load_all_parts(folder)
+    return {"megabytes": megabytes(folder)}
+
+
+def load_all_parts(folder: Path):
+    """Loads a whole repository, of which `from_pretrained` alone reads nothing but the tokenizer."""
     from tar_hf.pipelines.pipeline_tar import TarPipeline
 
-    folder = output / "tar-mini"
     pipe = TarPipeline.from_pretrained(folder)
     for part in ("model", "encoder", "decoder", "detokenizer", "image_processor"):
         getattr(pipe, part)
-    return {"megabytes": megabytes(folder)}
 
 
 def probe_assemble_diffusion(output: Path, recipe: MiniRecipe) -> dict[str, float]:

@@ -36,8 +36,8 @@ def drawing_tasks(seed: str) -> Iterator[DrawingTask]:
     draw = random.Random(f"rewards/{seed}")
     number = draw.getrandbits(32)
     scenes = world.scenes("train", number)
-    # Of these the first thing is shown alone, which is another scene.
-    with_training_alone = (scene for scene in scenes if world.split_of(world.scene_key(_first(scene))) == "train")
+    # Of these the first thing is shown alone.
+    alone = (scene for scene in scenes if world.split_of(world.scene_key(world.first_alone(scene))) == "train")
     prompts = {kind: world.samples("train", number, kind) for kind in world.KINDS}
     while True:
         kind = draw.choices(list(KINDS), list(KINDS.values()))[0]
@@ -47,12 +47,7 @@ def drawing_tasks(seed: str) -> Iterator[DrawingTask]:
             is_right = partial(_fulfils, wish)
             yield DrawingTask(prompt, partial(reward, wants, wish.background, is_right))
         else:
-            yield IMAGE_TASKS[kind](next(with_training_alone if kind == "beside" else scenes), draw)
-
-
-def _first(scene):
-    """The scene with its first thing alone."""
-    return Scene(scene.things[:1], scene.background)
+            yield IMAGE_TASKS[kind](next(alone if kind == "beside" else scenes), draw)
 
 
 def reward(wants: list[Want], background: str | None, is_right, picture: Image.Image) -> float:

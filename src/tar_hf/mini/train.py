@@ -216,7 +216,7 @@ def copy_recipes(output: Path, smoke: bool = False, diffusion: bool = False):
         if started["smoke"] != smoke:
             how = "with" if started["smoke"] else "without"
             raise RecipeError(f"{output} was started {how} --smoke: go on {how} it, or choose another folder")
-    source, other = (RECIPES / "smoke", RECIPES)[:: 1 if smoke else -1]
+    source, other = (RECIPES / "smoke", RECIPES) if smoke else (RECIPES, RECIPES / "smoke")
     for file in sorted([*source.glob("*.yaml"), *((source / "diffusion").glob("*.yaml") if diffusion else ())]):
         copy = output / file.name
         if not copy.exists():

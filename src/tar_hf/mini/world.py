@@ -409,6 +409,11 @@ def recolor(scene: Scene, color: str) -> Scene:
     return replace(scene, things=tuple(replace(thing, color=color) for thing in scene.things))
 
 
+def first_alone(scene: Scene) -> Scene:
+    """With its first thing only, which is another scene, maybe of another split."""
+    return Scene(scene.things[:1], scene.background)
+
+
 def beside(scene: Scene, relation: str, shape: str, draw: random.Random) -> Scene | None:
     """The scene's one thing with a shape `relation` it, or `None` where there is no room."""
     (thing,) = scene.things
@@ -424,7 +429,7 @@ def addition(scene: Scene, draw: random.Random) -> tuple[Scene, str, str, Scene]
     The scene with its first thing alone, a relation and a shape to ask for, and a scene with that beside it; or `None`
     where there is no room.
     """
-    alone = Scene(scene.things[:1], scene.background)
+    alone = first_alone(scene)
     relation, shape = draw.choice(list(RELATIONS)), draw.choice(SHAPES)
     both = beside(alone, relation, shape, draw)
     return both and (alone, relation, shape, both)

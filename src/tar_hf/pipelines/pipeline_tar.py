@@ -439,17 +439,17 @@ class TarPipeline(TarParts):
     def _write(self, rows, max_new_tokens, do_sample, generator, callback, **kwargs):
         ids, mask = self._pad(rows)
         settings = kwargs.get("generation_config")
-        asked = {
-            name: kwargs.get(name) or getattr(settings, name, None) or 1
-            for name in ("num_return_sequences", "num_beams")
-        }
-        if (answers := asked["num_return_sequences"]) != 1:
+
+        def asked(name):
+            return kwargs.get(name, getattr(settings, name, None) or 1)
+
+        if (answers := asked("num_return_sequences")) != 1:
             raise ValueError(f"one answer is given for each prompt, num_return_sequences={answers}: repeat the prompt")
         if not do_sample and generator is not None:
             raise ValueError("generator only applies when text is sampled: pass do_sample=True")
         loop = None  # the library's own, with beams too
         if do_sample:
-            if (beams := asked["num_beams"]) > 1:
+            if (beams := asked("num_beams")) > 1:
                 raise ValueError(
                     f"text is sampled token by token, each by its own generator: num_beams={beams} only goes with "
                     "do_sample=False"

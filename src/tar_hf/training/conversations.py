@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from tar_hf.modeling.visual_vocabulary import SCALE, VisualVocabulary
+from tar_hf.modeling.visual_vocabulary import VisualVocabulary
 from tar_hf.pipelines.tar_prompts import IMAGE, SYSTEM, VISUAL_TEXT, chat_messages
 from tar_hf.training.mixture import Mixture, Source
 from tar_hf.training.rows import SCALE_WEIGHTS, BadRow, Row
@@ -71,8 +71,8 @@ class ConversationTokenizer:
         self.scale_weights = dict(scale_weights)
         self.targets = targets
         # Text that would turn into tokens with a meaning of their own.
-        spelt = {*tokenizer.all_special_tokens, *map(SCALE.format, range(vocabulary.num_scales))}
-        self.reserved = re.compile("|".join([VISUAL_TEXT.pattern, *map(re.escape, sorted(spelt))]))
+        special = map(re.escape, sorted(set(tokenizer.all_special_tokens)))
+        self.reserved = re.compile("|".join([VISUAL_TEXT.pattern, *special]))
         self.everywhere = []
         if targets == "original":
             self.everywhere = [self._one_id(text) for text in ("\n", "<|im_start|>", "<|im_end|>")]
