@@ -77,9 +77,7 @@ def ar_detok(options):
     config, batch = model.config, options["batch"]
     condition = random(batch, options["tokens"], config.condition_size, dtype=model.dtype, device=model.device)
     settings = {"guidance_scale": options["guidance"], "generator": torch.Generator().manual_seed(0)}
-    if options["compile"]:
-        settings |= {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=False)}
-        settings["compile_config"]._compile_all_devices = True  # the library leaves CPUs out
+    settings |= compiled(options)
 
     def draw(count, on_token=lambda: None):
         criteria = StoppingCriteriaList([After(count, on_token)])
@@ -141,11 +139,12 @@ def llm(options):
     model = pipe.to(options["device"]).model
     row = pipe._prompt_ids([("user", "A photo of a macaw")], [], drawing=1)
     uniform = torch.rand(options["batch"], STEPS + 1)
+    steps = compiled(options)
     sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 1200}
     ids = torch.tensor([row] * options["batch"], device=model.device)
 
     def draw(count, on_token):
-        pipe._draw_codes([row], uniform[:, :count], **sampling, callback=lambda *_: on_token())
+        pipe._draw_codes([row], uniform[:, :count], **sampling, **steps, callback=lambda *_: on_token())
 
     def library(count, on_token):
         config = GenerationConfig(**sampling, max_new_tokens=count, min_new_tokens=count, pad_token_id=0)
@@ -195,10 +194,12 @@ def whole(options):
     pipe = TarPipeline.from_pretrained(options["folder"], **settings).to(options["device"])
     photo = Image.linear_gradient("L").convert("RGB")
     generator = torch.Generator(options["device"])
-    prompt, scale = "a red circle", options["scale"]
+    prompt, scale, steps = "a red circle", options["scale"], compiled(options)
     return timed(
         {
-            "picture": lambda: pipe([prompt] * options["batch"], scale=scale, generator=generator.manual_seed(0)),
+            "picture": lambda: pipe(
+                [prompt] * options["batch"], scale=scale, generator=generator.manual_seed(0), **steps
+            ),
             "description": lambda: pipe.generate_text(
                 ["Describe the image shortly."] * options["batch"],
                 images=[photo] * options["batch"],
@@ -218,6 +219,15 @@ def int8(options):
     from transformers import TorchAoConfig
 
     return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+
+
+def compiled(options):
+    """What draws in compiled steps."""
+    if not options["compile"]:
+        return {}
+    config = CompileConfig()
+    config._compile_all_devices = True  # the library leaves CPUs out
+    return {"cache_implementation": "static", "compile_config": config}
 
 
 def timed(cases):

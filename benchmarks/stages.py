@@ -37,9 +37,9 @@ OPTIONS = {
         **{"batch": [1], "tokens": [729], "grid": [], "window": [], "guidance": 4.0},
         **{"compile": False, "int8": False, "pack": False},
     },
-    "llm": {**WHERE, "batch": [1], "int8": False, "pack": False},
+    "llm": {**WHERE, "batch": [1], "compile": False, "int8": False, "pack": False},
     "load": {},
-    "whole": {**WHERE, "batch": [1], "scale": [1], "pack": False},
+    "whole": {**WHERE, "batch": [1], "scale": [1], "compile": False, "pack": False},
 }
 VARIED = ("batch", "scale", "tokens", "grid")  # of which a run may take several
 ORIGINAL = ("ta-tok", "ar-detok")  # stages that the original has too
@@ -184,7 +184,7 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--window", type=int, nargs="+", help="a step of Jacobi decoding, for each")
     parser.add_argument("--guidance", type=float, help="4 by default")
     flag = {"action": "store_const", "const": True}  # None where it is not given
-    parser.add_argument("--compile", **flag, help="torch.compile TA-Tok's encoder, AR-DTok")
+    parser.add_argument("--compile", **flag, help="torch.compile TA-Tok's encoder, a step of the others")
     parser.add_argument("--int8", **flag, help="torchao's weights for AR-DTok and the language model")
     parser.add_argument("--pack", **flag, help="weights of AR-DTok, the language model in oneDNN's order")
     parser.add_argument("--repeats", type=int, default=5)

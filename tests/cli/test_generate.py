@@ -36,9 +36,10 @@ def test_one_picture(run, pipe, tmp_path):
     settings = {"temperature": 0.8, "top_p": 0.9, "top_k": 0, "guidance_scale": 2.0, "prompt_guidance_scale": 1.5}
     assert same(out, draw(pipe, "a cät", 7, **settings))
     again = tmp_path / "again.png"
-    assert run("generate", "a cät", "-o", again, "--scale", 3, *options, "--jacobi-window", 8)[0] == 0
-    assert again.read_bytes() == out.read_bytes()
-    again.unlink()
+    for steps in (["--jacobi-window", 8], ["--compile"]):
+        assert run("generate", "a cät", "-o", again, "--scale", 3, *options, *steps)[0] == 0
+        assert again.read_bytes() == out.read_bytes()
+        again.unlink()
     assert os.listdir(tmp_path) == ["out.png"] and out.stat().st_mode & 0o777 == 0o666 & ~umask()
 
 

@@ -9,6 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from tar_hf import ARDeTokConfig, ARDeTokForCausalLM
+from tar_hf.modeling import modeling_ar_detok
 from tar_hf.modeling.modeling_ar_detok import PRESETS
 
 SCALES = (1, 2, 3)
@@ -181,8 +182,8 @@ def test_unconditional_row_is_dropped_when_guidance_is_over(tiny, interval, cach
         return_dict_in_generate=True,
     )
     guided = 16 if interval == -1 else min(interval + 2, 16)
-    # Behind no condition all rows are alike, and one of them enough, where rows of the cache can be chosen.
-    assert rows == [6 if cache else 4] + [6] * (guided - 1) + [3] * (16 - guided)
+    # Behind no condition all rows are alike, and one of them enough.
+    assert rows == [4] + [6] * (guided - 1) + [3] * (16 - guided)
     assert output.past_key_values.layers[0].keys.shape[0] == rows[-1]
 
 
@@ -338,8 +339,9 @@ def test_attention_implementations_agree(implementation, ar_detok_repo, expected
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @torch.no_grad()
-def test_a_bfloat16_model_attends_from_few_tokens_in_float32(tiny, implementation):
+def test_a_bfloat16_model_attends_from_few_tokens_in_float32(tiny, implementation, monkeypatch):
     """Which is faster on CPUs, and no further from the float32 model than what it does with many tokens at once."""
+    monkeypatch.setattr(modeling_ar_detok, "MULTIPLIES_BFLOAT16", False)
     condition, ids = condition_of(tokens=20), torch.zeros(2, 1, dtype=torch.long)
     exact = tiny(ids, condition=condition).logits
     dtypes = []
@@ -357,6 +359,39 @@ def test_a_bfloat16_model_attends_from_few_tokens_in_float32(tiny, implementatio
     assert dtypes == [{torch.bfloat16}] * 2 + [{torch.float32}] * 2 + [{torch.bfloat16}] * 2
     assert cache.layers[0].keys.dtype == few.dtype == torch.bfloat16
     assert (few - exact[:, -1:]).abs().max() <= 1.5 * (many - exact).abs().max()
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_cpu_that_multiplies_bfloat16_attends_in_it(tiny, monkeypatch, window):
+    monkeypatch.setattr(modeling_ar_detok, "MULTIPLIES_BFLOAT16", True)
+    attend, dtypes = F.scaled_dot_product_attention, set()
+
+    def recorder(query, key, value, **kwargs):
+        dtypes.add((query.dtype, key.dtype, value.dtype))
+        return attend(query, key, value, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorder)
+    for dtype, attended in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
+        tiny.to(dtype)
+        tiny.generate(condition_of(tokens=20).to(dtype), guidance_scale=2.0, jacobi_window=window)
+        assert (attended,) * 3 in dtypes and len(dtypes) == (1 if dtype == torch.bfloat16 else 2)
+        assert modeling_ar_detok.decoding_dtype(tiny) == (None if dtype == torch.bfloat16 else torch.float32)
+        dtypes.clear()
+    tiny.to(torch.bfloat16).set_attn_implementation("eager")
+    assert modeling_ar_detok.decoding_dtype(tiny) == torch.float32
+
+
+def test_which_cpus_multiply_bfloat16(monkeypatch):
+    """Where MKL emulates it, or isn't there, attention from few tokens is slower in bfloat16 than in float32."""
+    cpu = {"cpu_name": "Intel Xeon", "avx512_bf16": True}
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    for changed, expected in (({}, True), ({"cpu_name": "AMD EPYC"}, False), ({"avx512_bf16": False}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda changed=changed: {**cpu, **changed}, raising=False)
+        assert modeling_ar_detok._multiplies_bfloat16() is expected
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert modeling_ar_detok._multiplies_bfloat16() is False
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch
+    assert modeling_ar_detok._multiplies_bfloat16() is False
 
 
 @torch.no_grad()

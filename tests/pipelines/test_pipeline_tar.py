@@ -141,7 +141,8 @@ def test_an_output_layer_on_the_disk_draws_the_same(pipe, tar_repo, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tar_repo, device_map=device_map, offload_folder=tmp_path)
     assert model.lm_head.weight.is_meta
     away = TarPipeline(model, pipe.tokenizer, ta_tok=str(tar_repo / "ta_tok"), detokenizer=pipe.detokenizer)
-    for options in ({}, {"prompt_guidance_scale": 1.5}, {"jacobi_window": 8}):
+    static = {"cache_implementation": "static"}
+    for options in ({}, {"prompt_guidance_scale": 1.5}, {"jacobi_window": 8}, static):
         here, there = (p("a cat", scale=3, generator=seeds(0), **options).codes for p in (pipe, away))
         assert torch.equal(here, there)
 
@@ -182,8 +183,8 @@ def test_diffusion_detokenizer(tar_repo, ta_tok_repo, diffusion_detok_repo, gold
     ]
     assert drawn[0].size == (32, 32) and drawn[0].tobytes() == drawn[1].tobytes()
     pipe = TarPipeline.from_pretrained(tmp_path / "repo")
-    window = pipe("a cat", generator=seeds(3), jacobi_window=8, **options).images[0]  # of the language model alone
-    assert window.tobytes() == drawn[0].tobytes()
+    for steps in ({"jacobi_window": 8}, {"cache_implementation": "static"}):  # of the language model alone
+        assert pipe("a cat", generator=seeds(3), **steps, **options).images[0].tobytes() == drawn[0].tobytes()
     assert seen[-3:] == [("pixels", 1, 3), ("pixels", 2, 3), ("pixels", 3, 3)]
     seen.clear()
     for name in ("return_dict", "features", "codes"):  # of its call, and not of its `detokenize`
@@ -326,6 +327,8 @@ MARKED = [{"role": "user", "content": [{"type": "text", "text": "<image> What is
         (lambda pipe, image: pipe("spelt <S0>"), "must not spell visual tokens such as <S0>"),
         (lambda pipe, image: pipe("a", output_type="jpeg"), "output_type must be"),
         (lambda pipe, image: pipe("a", jacobi_window=1), "jacobi_window must be a number of tokens, at least 2"),
+        (lambda pipe, image: pipe("a", jacobi_window=8, cache_implementation="static"), "a cache of its own: leave"),
+        (lambda pipe, image: pipe("a", cache_implementation="quantized"), 'must be "dynamic" or "static"'),
         (lambda pipe, image: pipe("a", prompt_guidance_scale=0.5), "prompt_guidance_scale must be at least 1, got 0.5"),
         (lambda pipe, image: pipe("a", prompt_guidance_scale=float("nan")), "got nan"),
         (lambda pipe, image: pipe.generate_text("a", generator=seeds(1)), "do_sample=True"),

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import CompileConfig, Qwen2Config, Qwen2ForCausalLM
 
 from tar_hf import VisualVocabulary
 from tar_hf.pipelines import tar_drawing
@@ -93,6 +93,73 @@ def test_windows_draw_the_same_images(pipe, picture):
         assert [image.tobytes() for image in windows.images] == [image.tobytes() for image in one_by_one.images]
         ends = {stage: (done, total) for stage, done, total in calls}
         assert ends == {"encode": (1, 1), "codes": (81, 81), "pixels": (16, 16)}
+
+
+def shapes_of_steps(pipe, monkeypatch):
+    """Gets the shapes of each step of a token's, and the rows that a static cache has."""
+    shapes, decoder = [], pipe.model.get_decoder()
+    forward = decoder.forward
+
+    def noted(**inputs):
+        if inputs["input_ids"].shape[1] == 1:
+            cache = inputs["past_key_values"].layers[0].keys.shape
+            shapes.append((inputs["input_ids"].shape, inputs["attention_mask"].shape, cache))
+        return forward(**inputs)
+
+    monkeypatch.setattr(decoder, "forward", noted)
+    return shapes
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_steps_of_fixed_shapes_draw_the_same_images(pipe, picture, monkeypatch, implementation):
+    """Prompts of different lengths, with and without images, each for several images."""
+    prompts, images = ["a red circle", "three small dogs on a long white boat", "like this"], [None, None, [picture]]
+    options = {"images": images, "scale": 3, "image_scale": 3, "num_images_per_prompt": 2}
+    pipe.model.set_attn_implementation(implementation)
+    try:
+        for more in ({}, {"do_sample": False}, {"self_reflect": 2}, {"prompt_guidance_scale": 2.0}):
+            growing = pipe(prompts, generator=seeds(*range(6)), **options, **more)
+            with monkeypatch.context() as patch:
+                shapes = shapes_of_steps(pipe, patch)
+                fixed = pipe(prompts, generator=seeds(*range(6)), cache_implementation="static", **options, **more)
+            rows = 12 if len(more) and "do_sample" not in more else 6
+            assert set(shapes) == {((rows, 1), (rows, 1, 1, 256), (rows, 2, 256, 6))} and len(shapes) == 80
+            assert torch.equal(fixed.codes, growing.codes)
+            assert [image.tobytes() for image in fixed.images] == [image.tobytes() for image in growing.images]
+    finally:
+        pipe.model.set_attn_implementation("sdpa")
+
+
+@pytest.mark.slow
+def test_one_compiled_step_draws_behind_prompts_of_other_lengths(pipe, monkeypatch):
+    compiled = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    compiled._compile_all_devices = True  # the library leaves CPUs out
+    options = {"scale": 3, "do_sample": False, "output_type": "pt"}
+    prompts = ["a cat", "three small dogs on a long white boat"]
+    expected = [pipe(prompt, **options).codes for prompt in prompts]
+    options |= {"cache_implementation": "static", "compile_config": compiled}
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    drawn = [pipe(prompt, **options).codes for prompt in prompts]
+    assert all(torch.equal(*both) for both in zip(drawn, expected, strict=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # of the language model's step and AR-DTok's
+
+
+def test_a_step_of_fixed_shapes_needs_a_model_that_sees_everything():
+    def model(attention="sdpa", **layers):
+        return SimpleNamespace(config=SimpleNamespace(_attn_implementation=attention, **layers))
+
+    tar_drawing.check_static(model(), "static", None)
+    tar_drawing.check_static(model("flash_attention_2"), None, 8)
+    wrong = [
+        ((model("flash_attention_2"), "static", None), "got flash_attention_2 and None"),
+        ((model(layer_types=["full_attention", "sliding_attention"]), "static", None), "sliding_attention"),
+        ((model(), "static", 8), "jacobi_window has a cache of its own"),
+        ((model(), "quantized", None), 'must be "dynamic" or "static", got \'quantized\''),
+    ]
+    for call, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            tar_drawing.check_static(*call)
 
 
 def test_guidance_leads_away_from_the_empty_request(pipe, picture):

@@ -24,6 +24,7 @@ from transformers import (
     JanusVQVAEConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    StaticCache,
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -39,10 +40,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .jacobi_decoding import jacobi_decoding
-from .reserved_cache import keep_first_rows
+from .reserved_cache import keep_first_rows, take_rows
 from .seeded_decoding import draw_uniform, seeded_decoding
 
-FEW_QUERIES = 16  # on CPUs, of a row: up to here attention is computed in float32, whatever the model's type
+FEW_QUERIES = 16  # on CPUs, of a row: up to here attention is computed in float32, see `_better_in_float32`
 
 # name: (layers, heads, width), the published sizes
 PRESETS = {
@@ -188,7 +189,7 @@ class ARDeTokAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        if query.device.type == "cpu" and query.shape[2] <= FEW_QUERIES:
+        if _better_in_float32(self.config, query.device, query.dtype, query.shape[2]):
             query, key, value, attention_mask = _in_float32(query, key, value, attention_mask)
         else:
             key, value = key.to(query.dtype), value.to(query.dtype)
@@ -205,15 +206,35 @@ class ARDeTokAttention(nn.Module):
         return self.dropout(self.o_proj(output.flatten(2).to(hidden_states.dtype))), weights
 
 
+def _multiplies_bfloat16() -> bool:
+    """Whether small products of bfloat16 are fast on this CPU: those of MKL are, with the instructions for them."""
+    if not (torch.backends.mkl.is_available() and hasattr(torch.cpu, "get_capabilities")):
+        return False
+    cpu = torch.cpu.get_capabilities()
+    return "Intel" in cpu.get("cpu_name", "") and cpu.get("avx512_bf16", False)
+
+
+MULTIPLIES_BFLOAT16 = _multiplies_bfloat16()
+
+
+def _better_in_float32(config, device, dtype, queries) -> bool:
+    """Whether so many queries of a row attend faster in float32, whatever the model's type.
+
+    With few queries the CPU kernel of half precision is the slower one, where its products are not fast; nor are those
+    of the eager attention.
+    """
+    fast = MULTIPLIES_BFLOAT16 and dtype == torch.bfloat16 and config._attn_implementation == "sdpa"
+    return device.type == "cpu" and queries <= FEW_QUERIES and not fast
+
+
 def _in_float32(*tensors):
-    """Those of another floating type: for few queries the CPU kernel of half precision is the slower one."""
     return [t.float() if t is not None and t.is_floating_point() else t for t in tensors]
 
 
 def decoding_dtype(model, queries: int = 1) -> torch.dtype | None:
     """What a cache best holds where so many queries at a time attend in another type than the model's: casting all that
     it holds at every step costs more than attending to it."""
-    in_float32 = model.device.type == "cpu" and queries <= FEW_QUERIES
+    in_float32 = _better_in_float32(model.config, model.device, model.dtype, queries)
     return torch.float32 if in_float32 and model.dtype.itemsize < 4 else None
 
 
@@ -448,15 +469,17 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
                 condition = torch.cat([condition, torch.zeros_like(condition if rows is None else condition[:1])])
             input_ids = None if input_ids is None else torch.cat([input_ids, input_ids])
 
+        is_static = type(past_key_values) is StaticCache
         outputs = self.model(
             input_ids=input_ids,
             condition=condition,
-            past_key_values=past_key_values,
+            # A static cache is of all rows from the start: what is computed once is held by another first.
+            past_key_values=past_key_values if rows is None or not is_static else DynamicCache(config=self.config),
             use_cache=use_cache,
             **kwargs,
         )
         if rows is not None:
-            outputs = _chosen_rows(outputs, rows)
+            outputs = _chosen_rows(outputs, rows, past_key_values if is_static else None)
         hidden_states = outputs.last_hidden_state[:, first:]
         logits = self.lm_head(hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states)
         if guidance_scale is not None:
@@ -669,24 +692,26 @@ class ARDeTokForCausalLM(ARDeTokPreTrainedModel, GenerationMixin):
 def _may_choose_rows(past_key_values, options):
     """Whether rows can be chosen of what a call leaves in a cache, and nothing that it gets is of each row yet."""
     empty = past_key_values is None or (
-        type(past_key_values) is DynamicCache
+        type(past_key_values) in (DynamicCache, StaticCache)
         and not past_key_values.offloading
         and past_key_values.get_seq_length() == 0
     )
     return empty and all(options.get(name) is None for name in ("attention_mask", "position_ids"))
 
 
-def _chosen_rows(outputs, rows):
-    """What the decoder gives and leaves in the cache, of these rows, some of them more than once."""
-    if outputs.past_key_values is not None:
-        outputs.past_key_values.batch_select_indices(torch.tensor(rows))
+def _chosen_rows(outputs, rows, cache=None):
+    """What the decoder gives and leaves in a cache, the given one or its own, of these rows, some more than once."""
+    if cache is not None:
+        take_rows(cache, outputs.past_key_values, torch.tensor(rows))
+    elif (cache := outputs.past_key_values) is not None:
+        cache.batch_select_indices(torch.tensor(rows))
     hidden_states, attentions = (
         None if of_layers is None else tuple(None if of_layer is None else of_layer[rows] for of_layer in of_layers)
         for of_layers in (outputs.hidden_states, outputs.attentions)
     )
     return BaseModelOutputWithPast(
         last_hidden_state=outputs.last_hidden_state[rows],
-        past_key_values=outputs.past_key_values,
+        past_key_values=cache,
         hidden_states=hidden_states,
         attentions=attentions,
     )

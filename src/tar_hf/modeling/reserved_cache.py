@@ -68,6 +68,13 @@ def reserve(cache: Cache, capacity: int, dtype: torch.dtype | None = None) -> Ca
     return cache
 
 
+def take_rows(cache: Cache, prefix: DynamicCache, rows: torch.LongTensor):
+    """Writes these rows, some of them more than once, of what another cache holds into an empty one."""
+    for i, layer in enumerate(prefix.layers):
+        index = rows.to(layer.keys.device)
+        cache.update(layer.keys.index_select(0, index), layer.values.index_select(0, index), i)
+
+
 def keep_first_rows(cache: Cache, rows: int):
     """Cuts the cache to its first rows, so that the rest is neither computed nor held any longer."""
     for layer in cache.layers:

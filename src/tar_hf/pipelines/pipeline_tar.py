@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from transformers import GenerationMixin
+from transformers import CompileConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
-from .tar_drawing import check_jacobi, code_warpers, draw_codes, visual_logits
+from .tar_drawing import check_jacobi, check_static, code_warpers, draw_codes, visual_logits
 from .tar_parts import TarParts
 from .tar_prompts import IMAGE, as_lists, chat_messages, check_prompts, turns_of_chat, user_turns
 from .tar_reflection import Judge, choose
@@ -205,6 +205,8 @@ class TarPipeline(TarParts):
         self_reflect_pictures: int | None = None,
         self_reflect_likelihood: float | None = None,
         jacobi_window: int | None = None,
+        cache_implementation: str | None = None,
+        compile_config: CompileConfig | None = None,
         generator=None,
         output_type: str = "pil",
         callback: Callback | None = None,
@@ -240,6 +242,9 @@ class TarPipeline(TarParts):
                 is as `default_self_reflect_likelihood` says.
             jacobi_window (`int`, *optional*): Draws so many codes, and VQ tokens of AR-DTok, at once, and keeps what
                 drawing one by one would have drawn: the same images in fewer steps, see `jacobi_decode`.
+            cache_implementation (`str`, *optional*): `"static"` draws codes, and VQ tokens of AR-DTok, in steps of
+                fixed shapes, which a GPU runs compiled and as CUDA graphs: the first call of a batch size compiles.
+            compile_config (`CompileConfig`, *optional*): How these steps are compiled, see the library's `generate`.
             generator (`torch.Generator` or a list with one for each image, *optional*): Source of all draws.
             output_type, callback, kwargs: As in `decode`.
 
@@ -270,10 +275,13 @@ class TarPipeline(TarParts):
         tokens = self.decoder.config.num_tokens(scale)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+        check_static(self.model, cache_implementation, jacobi_window)
         if jacobi_window is not None:
             check_jacobi(self.model, jacobi_window)
-            if isinstance(self.detokenizer, GenerationMixin):
-                kwargs["jacobi_window"] = jacobi_window
+        of_steps = {"jacobi_window": jacobi_window}
+        of_steps |= {"cache_implementation": cache_implementation, "compile_config": compile_config}
+        if isinstance(self.detokenizer, GenerationMixin):
+            kwargs |= {name: value for name, value in of_steps.items() if value is not None}
         self._check_detokenizer(guidance_scale, callback, kwargs)
         if candidates > 1 and pictures > 1:
             _ = self.image_processor  # raises where there is none, before anything is drawn
@@ -283,8 +291,8 @@ class TarPipeline(TarParts):
         empty = self._drawing_rows([""], [[]], scale)[0] if prompt_guidance_scale != 1 else None
         uniform = draw_uniform(len(generators), candidates * tokens, generators, "cpu").view(-1, tokens)
         options = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        options |= {"guidance_scale": prompt_guidance_scale, "empty": empty, "jacobi_window": jacobi_window}
-        codes = self._draw_codes(rows, uniform, callback=callback, **options)
+        options |= {"guidance_scale": prompt_guidance_scale, "empty": empty}
+        codes = self._draw_codes(rows, uniform, callback=callback, **options, **of_steps)
 
         def draw(codes, generators):
             return self._pixels(codes, guidance_scale, generators, callback, kwargs)
@@ -321,8 +329,8 @@ class TarPipeline(TarParts):
         top_k,
         guidance_scale=1.0,
         empty=None,
-        jacobi_window=None,
         callback=None,
+        **of_steps,
     ):
         """Prompts as token ids, and one uniform number a code (images, N) -> codes (images, N).
 
@@ -341,8 +349,8 @@ class TarPipeline(TarParts):
             uniform,
             warpers=code_warpers(temperature, top_p, top_k) if do_sample else None,
             guidance_scale=None if empty is None else guidance_scale,
-            jacobi_window=jacobi_window,
             on_step=lambda known: report(callback, "codes", known, tokens),
+            **of_steps,
         )
 
     def code_logits(

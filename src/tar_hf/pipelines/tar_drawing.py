@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
+    CompileConfig,
     DynamicCache,
+    GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
+    StaticCache,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -23,15 +26,17 @@ from transformers import (
 
 try:
     from tar_hf.modeling.jacobi_decoding import RowCache, jacobi_decode
-    from tar_hf.modeling.reserved_cache import reserve
+    from tar_hf.modeling.reserved_cache import reserve, take_rows
     from tar_hf.modeling.seeded_decoding import NumbersOnly, draw_tokens
 except ImportError:  # in a Hub repository, where the files stand side by side
     from .jacobi_decoding import RowCache, jacobi_decode
-    from .reserved_cache import reserve
+    from .reserved_cache import reserve, take_rows
     from .seeded_decoding import NumbersOnly, draw_tokens
 
 # Settings of a model that do more to the logits than the output layer, so that a slice of that layer is not enough.
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+STATIC_STEP = 256  # a static cache has room for a multiple of it: most prompts then share one compiled step
 
 
 def code_warpers(temperature: float, top_p: float, top_k: int) -> LogitsProcessorList:
@@ -57,6 +62,8 @@ def draw_codes(
     warpers: LogitsProcessorList | None,
     guidance_scale: float | None = None,
     jacobi_window: int | None = None,
+    cache_implementation: str | None = None,
+    compile_config: CompileConfig | None = None,
     on_step: Callable[[int], None] = lambda known: None,
 ) -> torch.LongTensor:
     """
@@ -72,6 +79,9 @@ def draw_codes(
         warpers (`LogitsProcessorList`, *optional*): Of sampling; the likeliest code without.
         guidance_scale (`float`, *optional*): How far to lead away from the second half's expectations.
         jacobi_window (`int`, *optional*): How many codes to draw at once, see `jacobi_decode`.
+        cache_implementation (`str`, *optional*): `"static"` for a step of fixed shapes, compiled where the library
+            compiles it.
+        compile_config (`CompileConfig`, *optional*): How, see the library's `generate`.
         on_step (`Callable`, *optional*): Called with how many codes are known.
 
     Returns:
@@ -101,15 +111,21 @@ def draw_codes(
             return logits.argmax(-1)
         return draw_tokens(warpers(None, logits), uniform.gather(1, columns.clamp(max=tokens - 1)).flatten())
 
-    def logits_of(ids, mask, positions, last):
-        return visual_logits(model, vocabulary, ids, mask, positions, cache, last)
+    def logits_of(ids, mask, positions, last, run=None):
+        return visual_logits(model, vocabulary, ids, mask, positions, cache, last, run)
 
     cache = DynamicCache(config=model.config)
     prompt_length, prompts = ids.shape[1], len(ids)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     logits = guide(logits_of(ids, mask, positions, last=1)[sources, 0])
     mask, positions = mask[sources], positions[sources, -1:] + 1
-    if len(sources) > prompts:
+    is_static, run_step = cache_implementation == "static", None
+    if is_static:
+        prefix, cache = cache, StaticCache(model.config, _room(prompt_length + tokens))
+        take_rows(cache, prefix, sources)
+        del prefix
+        run_step = _compiled_step(model, cache, compile_config)
+    elif len(sources) > prompts:
         cache.batch_select_indices(sources)
 
     if jacobi_window is not None:
@@ -128,35 +144,51 @@ def draw_codes(
         numbers.check()
         return codes.cpu()
 
-    reserve(cache, prompt_length + tokens)
-    mask = _decoding_mask(model, mask, tokens)
+    if is_static:
+        masks = _static_masks(model, mask, cache.get_max_length())
+    else:
+        reserve(cache, prompt_length + tokens)
+        masks = _growing_masks(model, mask, tokens)
     codes = torch.empty(images, 0, dtype=torch.long, device=model.device)
     for step in range(1, tokens + 1):
         column = torch.full((images, 1), step - 1, device=model.device)
         codes = torch.cat([codes, choose(logits, column)[:, None]], 1)
         on_step(step)
         if step < tokens:
-            shown = None if mask is None else mask[..., : mask.shape[-1] - tokens + step]
             ids = twice(codes[:, -1:] + vocabulary.first_code_id)
-            logits = guide(logits_of(ids, shown, positions + step - 1, last=1)[:, 0])
+            logits = guide(logits_of(ids, next(masks), positions + step - 1, last=1, run=run_step)[:, 0])
     numbers.check()
     return codes.cpu()
 
 
-def visual_logits(model, vocabulary, ids, mask, positions, cache, last: int) -> torch.FloatTensor:
-    """Logits (B, last, K) of the codes that may come after each of the last tokens, in float32. Gradients flow."""
+def visual_logits(
+    model, vocabulary, ids, mask, positions, cache, last: int, run: Callable | None = None
+) -> torch.FloatTensor:
+    """Logits (B, last, K) of the codes that may come after each of the last tokens, in float32. Gradients flow.
+
+    What is run is `_before_codes(model)`, or another form of it.
+    """
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     inputs |= {"past_key_values": cache, "use_cache": cache is not None}
-    head, config = model.get_output_embeddings(), model.config
     first, end = vocabulary.first_code_id, vocabulary.vocab_size
-    # Weights that accelerate has taken off come when the layer itself is called.
-    there = type(head) is nn.Linear and not head.weight.is_meta
-    if not there or any(getattr(config, name, None) for name in LOGIT_SETTINGS):
-        outputs = model(**inputs, logits_to_keep=last)
-        return outputs.logits[..., first:end].float()
-    hidden = model.get_decoder()(**inputs).last_hidden_state[:, -last:].to(head.weight.device)
+    module = _before_codes(model)
+    run = module if run is None else run
+    if module is model:
+        return run(**inputs, logits_to_keep=last).logits[..., first:end].float()
+    head = model.get_output_embeddings()
+    hidden = run(**inputs).last_hidden_state[:, -last:].to(head.weight.device)
     bias = None if head.bias is None else head.bias[first:end]
     return F.linear(hidden, head.weight[first:end], bias).float().to(ids.device)
+
+
+def _before_codes(model):
+    """The decoder, of whose output a slice of the output layer makes logits of codes; where that is not enough the
+    whole model."""
+    head = model.get_output_embeddings()
+    # Weights that accelerate has taken off come when the layer itself is called.
+    there = type(head) is nn.Linear and not head.weight.is_meta
+    enough = there and not any(getattr(model.config, name, None) for name in LOGIT_SETTINGS)
+    return model.get_decoder() if enough else model
 
 
 def check_jacobi(model: PreTrainedModel, window: int):
@@ -169,6 +201,62 @@ def check_jacobi(model: PreTrainedModel, window: int):
         )
 
 
+def check_static(model: PreTrainedModel, cache_implementation: str | None, jacobi_window: int | None):
+    """Raises a `ValueError` for a cache that codes are not drawn with, or a model whose step has no fixed shapes."""
+    if cache_implementation not in (None, "dynamic", "static"):
+        raise ValueError(f'cache_implementation must be "dynamic" or "static", got {cache_implementation!r}')
+    if cache_implementation != "static":
+        return
+    if jacobi_window is not None:
+        raise ValueError("jacobi_window has a cache of its own: leave cache_implementation out")
+    if (attention := model.config._attn_implementation) not in ("eager", "sdpa") or _some_see_less(model.config):
+        raise ValueError(
+            "a static cache needs the attention eager or sdpa and a model whose every layer attends to everything "
+            f"before, got {attention} and {getattr(model.config, 'layer_types', None)}"
+        )
+
+
+def _room(length):
+    return -(-length // STATIC_STEP) * STATIC_STEP
+
+
+def _compiled_step(model, cache, compile_config):
+    """A compiled `_before_codes`, or `None` where the library's `generate` would compile nothing: on CPUs, unless it is
+    told to. Compiling the same again finds what was compiled before."""
+    settings = GenerationConfig(compile_config=compile_config)
+    if not model._valid_auto_compile_criteria({"past_key_values": cache}, settings):
+        return None
+    return torch.compile(_before_codes(model).__call__, **(compile_config or CompileConfig()).to_dict())
+
+
+def _some_see_less(config):
+    return any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
+
+
+def _added_mask(model, mask):
+    """Of a mask (B, L) for one query at a time, what is added to scores (B, 1, 1, L)."""
+    added = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
+    return added.masked_fill(mask == 0, torch.finfo(added.dtype).min)[:, None, None]
+
+
+def _static_masks(model, mask, room):
+    """For prompts (B, L) and the room behind them: (B, 1, 1, room), of which one token more is seen each time.
+
+    It is one tensor, that changes.
+    """
+    seen = _added_mask(model, F.pad(mask, (0, room - mask.shape[1])))
+    for place in range(mask.shape[1], room):
+        seen[..., place] = 0
+        yield seen
+
+
+def _growing_masks(model, mask, tokens):
+    """For prompts (B, L): the head of `_decoding_mask`, of one token more each time."""
+    whole, length = _decoding_mask(model, mask, tokens), mask.shape[1]
+    for known in range(1, tokens):
+        yield None if whole is None else whole[..., : length + known]
+
+
 def _decoding_mask(model, mask, tokens):
     """The mask of prompts (B, L) and of as many tokens behind them, for one query at a time.
 
@@ -179,8 +267,6 @@ def _decoding_mask(model, mask, tokens):
     if model.device.type != "cpu" and mask.all():
         return None
     mask = F.pad(mask, (0, tokens), value=1)
-    some_see_less = any(kind != "full_attention" for kind in getattr(model.config, "layer_types", None) or ())
-    if some_see_less or model.config._attn_implementation not in ("eager", "sdpa"):
+    if _some_see_less(model.config) or model.config._attn_implementation not in ("eager", "sdpa"):
         return mask
-    added = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
-    return added.masked_fill(mask == 0, torch.finfo(added.dtype).min)[:, None, None]
+    return _added_mask(model, mask)
