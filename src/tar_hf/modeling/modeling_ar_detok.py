@@ -33,7 +33,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -188,8 +188,9 @@ class ARDeTokAttention(nn.Module):
         query, key, value = qkv.split(self.heads, dim=1)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        if _better_in_float32(self.config, query.device, query.dtype, query.shape[2]):
+        implementation = self.config._attn_implementation
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        if _better_in_float32(implementation, query.device, query.dtype, query.shape[2]):
             query, key, value, attention_mask = _in_float32(query, key, value, attention_mask)
         else:
             key, value = key.to(query.dtype), value.to(query.dtype)
@@ -217,13 +218,13 @@ def _multiplies_bfloat16() -> bool:
 MULTIPLIES_BFLOAT16 = _multiplies_bfloat16()
 
 
-def _better_in_float32(config, device, dtype, queries) -> bool:
+def _better_in_float32(implementation, device, dtype, queries) -> bool:
     """Whether so many queries of a row attend faster in float32, whatever the model's type.
 
     With few queries the CPU kernel of half precision is the slower one, where its products are not fast; nor are those
     of the eager attention.
     """
-    fast = MULTIPLIES_BFLOAT16 and dtype == torch.bfloat16 and config._attn_implementation == "sdpa"
+    fast = MULTIPLIES_BFLOAT16 and dtype == torch.bfloat16 and implementation == "sdpa"
     return device.type == "cpu" and queries <= FEW_QUERIES and not fast
 
 
@@ -234,7 +235,7 @@ def _in_float32(*tensors):
 def decoding_dtype(model, queries: int = 1) -> torch.dtype | None:
     """What a cache best holds where so many queries at a time attend in another type than the model's: casting all that
     it holds at every step costs more than attending to it."""
-    in_float32 = _better_in_float32(model.config, model.device, model.dtype, queries)
+    in_float32 = _better_in_float32(model.config._attn_implementation, model.device, model.dtype, queries)
     return torch.float32 if in_float32 and model.dtype.itemsize < 4 else None
 
 
@@ -257,8 +258,8 @@ class ARDeTokDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = ARDeTokAttention(config, layer_idx)
         self.mlp = ARDeTokMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
         attended, _ = self.self_attn(
@@ -314,7 +315,7 @@ class ARDeTokModel(ARDeTokPreTrainedModel):
         self.position_embedding = ARDeTokPositionEmbedding(config)
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(ARDeTokDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 

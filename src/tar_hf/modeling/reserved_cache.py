@@ -17,23 +17,26 @@ class ReservedLayer(DynamicLayer):
         self.room = None  # keys and values (rows, heads, capacity, D), of which self.keys and self.values are the head
 
     def update(self, key_states, value_states, *args, **kwargs):
-        held = self.get_seq_length()
-        length = held + key_states.shape[-2]
-        if not self._in_room(length):
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-            self.capacity = max(self.capacity, length)
-            self.room = [
-                t.new_empty(*t.shape[:2], self.capacity, t.shape[-1], dtype=self.room_dtype)
-                for t in (key_states, value_states)
-            ]
-            if held:
-                for room, t in zip(self.room, (self.keys, self.values), strict=True):
-                    room[:, :, :held] = t
-        for room, t in zip(self.room, (key_states, value_states), strict=True):
-            room[:, :, held:length] = t
-        self.keys, self.values = (room[:, :, :length] for room in self.room)
+        held, new = self.get_seq_length(), key_states.shape[-2]
+        if not self._in_room(held + new):
+            self._make_room(key_states, value_states, held + new)
+        keys, values = self.room
+        keys.narrow(2, held, new).copy_(key_states)
+        values.narrow(2, held, new).copy_(value_states)
+        self.keys, self.values = keys.narrow(2, 0, held + new), values.narrow(2, 0, held + new)
         return self.keys, self.values
+
+    def _make_room(self, key_states, value_states, length):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held, self.capacity = self.get_seq_length(), max(self.capacity, length)
+        self.room = [
+            t.new_empty(*t.shape[:2], self.capacity, t.shape[-1], dtype=self.room_dtype)
+            for t in (key_states, value_states)
+        ]
+        if held:
+            for room, t in zip(self.room, (self.keys, self.values), strict=True):
+                room[:, :, :held] = t
 
     def batch_select_indices(self, indices):
         self.room = None  # before the rows are copied, so that both are not there at once in every layer
@@ -41,14 +44,13 @@ class ReservedLayer(DynamicLayer):
 
     def _in_room(self, length):
         """Whether what is held still lies at the head of the room: the library may have chosen or repeated rows."""
+        if self.room is None or not self.is_initialized or length > self.capacity:
+            return False
+        (keys, values), rows = self.room, len(self.room[0])
         return (
-            self.room is not None
-            and length <= self.capacity
-            and self.is_initialized
-            and all(
-                t.data_ptr() == room.data_ptr() for t, room in zip((self.keys, self.values), self.room, strict=True)
-            )
-            and len(self.keys) == len(self.room[0])
+            len(self.keys) == rows
+            and self.keys.data_ptr() == keys.data_ptr()
+            and self.values.data_ptr() == values.data_ptr()
         )
 
 
