@@ -36,11 +36,24 @@ def test_one_picture(run, pipe, tmp_path):
     settings = {"temperature": 0.8, "top_p": 0.9, "top_k": 0, "guidance_scale": 2.0, "prompt_guidance_scale": 1.5}
     assert same(out, draw(pipe, "a cät", 7, **settings))
     again = tmp_path / "again.png"
-    for steps in (["--jacobi-window", 8], ["--compile"]):
-        assert run("generate", "a cät", "-o", again, "--scale", 3, *options, *steps)[0] == 0
-        assert again.read_bytes() == out.read_bytes()
-        again.unlink()
+    assert run("generate", "a cät", "-o", again, "--scale", 3, *options, "--jacobi-window", 8)[0] == 0
+    assert again.read_bytes() == out.read_bytes()
+    again.unlink()
     assert os.listdir(tmp_path) == ["out.png"] and out.stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def test_compiled(run, pipe, tmp_path, monkeypatch):
+    """All batches of the size that is asked for."""
+    calls, compiles = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda step, **how: calls.append(how) or compiles(step, backend="eager"))
+    out = tmp_path / "out.png"
+    prompts = ["a cat", "a dog", "a boat"]
+    assert run("generate", *prompts, "-o", out, "--scale", 3, "--batch-size", 2, "--compile")[0] == 0
+    for i, prompt in enumerate(prompts):
+        assert same(tmp_path / f"out-{i}.png", draw(pipe, prompt, 0))
+    assert {how["backend"] for how in calls} == {"inductor"} and len(calls) == 2  # the language model, and AR-DTok
+    with pytest.raises(SystemExit):
+        run("generate", "a cat", "-o", out, "--compile", "--jacobi-window", 8)
 
 
 def test_packed(run, pipe, tmp_path, monkeypatch):

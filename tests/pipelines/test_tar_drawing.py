@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import CompileConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import CompileConfig, MistralConfig, Qwen2Config, Qwen2ForCausalLM, StaticCache
 
 from tar_hf import VisualVocabulary
 from tar_hf.pipelines import tar_drawing
@@ -130,36 +130,98 @@ def test_steps_of_fixed_shapes_draw_the_same_images(pipe, picture, monkeypatch, 
         pipe.model.set_attn_implementation("sdpa")
 
 
-@pytest.mark.slow
-def test_one_compiled_step_draws_behind_prompts_of_other_lengths(pipe, monkeypatch):
-    compiled = CompileConfig(backend="eager", mode=None, fullgraph=True)
-    compiled._compile_all_devices = True  # the library leaves CPUs out
-    options = {"scale": 3, "do_sample": False, "output_type": "pt"}
-    prompts = ["a cat", "three small dogs on a long white boat"]
-    expected = [pipe(prompt, **options).codes for prompt in prompts]
-    options |= {"cache_implementation": "static", "compile_config": compiled}
+@pytest.fixture
+def compile_config():
+    """On CPUs too, and so that a step that cannot be one graph fails."""
+    config = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True  # the library leaves CPUs out
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    drawn = [pipe(prompt, **options).codes for prompt in prompts]
-    assert all(torch.equal(*both) for both in zip(drawn, expected, strict=True))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # of the language model's step and AR-DTok's
+    yield config
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_compiled_steps_draw_behind_prompts_of_other_lengths(pipe, compile_config):
+    """With one compilation of the language model, and one of AR-DTok, for one image, and one for several."""
+    options = {"scale": 3, "output_type": "pt", "prompt_guidance_scale": 1.5}
+    static = {"cache_implementation": "static", "compile_config": compile_config}
+    calls = [["a cat"], ["three small dogs on a long white boat"], ["a cat", "two"], ["a", "boat"], ["a", "b", "c"]]
+    for compilations, prompts in zip((2, 2, 4, 4, 4), calls, strict=True):
+        expected, drawn = (
+            pipe(prompts, generator=seeds(*range(len(prompts))), **options, **more) for more in ({}, static)
+        )
+        assert torch.equal(drawn.codes, expected.codes)
+        torch.testing.assert_close(drawn.images, expected.images, atol=1e-4, rtol=0)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations
+
+
+def test_the_cache_of_compiled_steps_is_kept(pipe, compile_config, monkeypatch):
+    made = []
+    monkeypatch.setattr(tar_drawing, "StaticCache", lambda *given: made.append(StaticCache(*given)) or made[-1])
+    monkeypatch.setattr(tar_drawing.torch, "compile", lambda step, **how: step)
+    static = {"scale": 3, "generator": seeds(0), "output_type": "pt", "cache_implementation": "static"}
+    drawn = []
+    for prompt, count in (("a cat", 1), ("a cat", 2), ("two small dogs", 2), ("a cat", 2), ("a cat", 1)):
+        drawn.append(pipe(prompt, num_images_per_prompt=count, **static, compile_config=compile_config).codes)
+        static["generator"] = seeds(0)[0]
+        assert tar_drawing.KEPT_CACHES[pipe.model] is made[-1]
+    assert len(made) == 3 and torch.equal(drawn[1], drawn[3]) and torch.equal(drawn[0], drawn[4])
+    with torch.inference_mode():  # of which no tensors can be written to outside
+        pipe("a cat", **static, compile_config=compile_config)
+    pipe("a cat", **static, compile_config=compile_config)
+    assert len(made) == 5
+    pipe.model.double()
+    try:  # of another type, and not kept where it was not used to the end
+        with pytest.raises(RuntimeError, match="interrupted"):
+            pipe("a cat", **static, compile_config=compile_config, callback=interrupt)
+        assert len(made) == 6 and pipe.model not in tar_drawing.KEPT_CACHES
+    finally:
+        pipe.model.float()
+
+
+def interrupt(stage, step, total):
+    raise RuntimeError("interrupted")
+
+
+def test_compiled_steps_follow_the_models_own_settings(pipe, compile_config, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(tar_drawing.torch, "compile", lambda step, **how: compiled.append(how) or step)
+    options = {"scale": 3, "output_type": "pt", "cache_implementation": "static"}
+    settings = pipe.model.generation_config
+    pipe("a cat", **options)
+    assert not compiled  # on a CPU
+    settings.compile_config = compile_config
+    try:
+        pipe("a cat", **options)
+        assert [how["backend"] for how in compiled] == ["eager"]
+        settings.disable_compile = True
+        pipe("a cat", **options)
+        assert len(compiled) == 1
+    finally:
+        settings.compile_config, settings.disable_compile = None, False
 
 
 def test_a_step_of_fixed_shapes_needs_a_model_that_sees_everything():
-    def model(attention="sdpa", **layers):
-        return SimpleNamespace(config=SimpleNamespace(_attn_implementation=attention, **layers))
+    def model(attention="sdpa", config=Qwen2Config, **settings):
+        return SimpleNamespace(config=config(attn_implementation=attention, **settings), device=torch.device("cpu"))
 
-    tar_drawing.check_static(model(), "static", None)
-    tar_drawing.check_static(model("flash_attention_2"), None, 8)
+    tar_drawing.check_static(model(), "static", CompileConfig(), None)
+    tar_drawing.check_static(model("flash_attention_2"), None, None, 8)
+    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "num_hidden_layers": 2}
     wrong = [
-        ((model("flash_attention_2"), "static", None), "got flash_attention_2 and None"),
-        ((model(layer_types=["full_attention", "sliding_attention"]), "static", None), "sliding_attention"),
-        ((model(), "static", 8), "jacobi_window has a cache of its own"),
-        ((model(), "quantized", None), 'must be "dynamic" or "static", got \'quantized\''),
+        ((model("flash_attention_2"), "static", None, None), "got flash_attention_2 and the layers"),
+        ((model(**window), "static", None, None), "'sliding_attention'"),
+        ((model(config=MistralConfig, sliding_window=4), "static", None, None), "the layers MistralConfig"),
+        ((model(), "static", None, 8), "jacobi_window has a cache of its own"),
+        ((model(), None, CompileConfig(), None), 'pass cache_implementation="static" too'),
+        ((model(), "quantized", None, None), 'must be "dynamic" or "static", got \'quantized\''),
     ]
     for call, message in wrong:
         with pytest.raises(ValueError, match=message):
             tar_drawing.check_static(*call)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="and leave autocast"):
+        tar_drawing.check_static(model(), "static", None, None)
 
 
 def test_guidance_leads_away_from_the_empty_request(pipe, picture):

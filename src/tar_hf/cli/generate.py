@@ -52,7 +52,7 @@ def add_parser(commands):
     steps.add_argument(
         "--compile",
         action="store_true",
-        help="draw in compiled steps: on a GPU, faster from the second picture of a batch size on",
+        help="draw in compiled steps, which pays from some pictures on: the first one compiles, for a minute or so",
     )
     parser.add_argument(
         "--batch-size",
@@ -86,8 +86,7 @@ def _generate(arguments):
 
     options = {name: getattr(arguments, name) for name in SETTINGS}
     settings = {"command": "generate", **model_settings(arguments), **options, "batch_size": arguments.batch_size}
-    steps = {"jacobi_window": arguments.jacobi_window}  # say nothing about the picture
-    steps["cache_implementation"] = "static" if arguments.compile else None
+    window = {"jacobi_window": arguments.jacobi_window}  # says nothing about the picture
     if arguments.image:
         settings["images"] = [image.name for image in arguments.image]
     tiles = []
@@ -96,7 +95,9 @@ def _generate(arguments):
             if sheet is not None:
                 report("images", first, len(samples))
             batch = samples[first : first + arguments.batch_size]
-            output = _draw(pipe, batch, arguments.image, callback=report, **options, **steps)
+            # A last batch that is smaller would be compiled for itself.
+            compiled = _compiled() if arguments.compile and len(batch) == arguments.batch_size else {}
+            output = _draw(pipe, batch, arguments.image, callback=report, **options, **window, **compiled)
             for i, (prompt, seed) in enumerate(batch):
                 made = {"prompt": prompt, "seed": seed, **settings}
                 if output.scores is not None:
@@ -111,6 +112,14 @@ def _generate(arguments):
         picture = make_sheet(tiles, columns=arguments.num_images if rows_are_prompts else None)
         save_png(sheet, picture, {"prompt": "\n".join(prompts), "seed": arguments.seed, **settings})
         print(sheet)
+
+
+def _compiled():
+    from transformers import CompileConfig
+
+    config = CompileConfig()
+    config._compile_all_devices = True  # the library leaves CPUs out
+    return {"cache_implementation": "static", "compile_config": config}
 
 
 def _draw(pipe, batch, images, **options):

@@ -243,8 +243,9 @@ class TarPipeline(TarParts):
             jacobi_window (`int`, *optional*): Draws so many codes, and VQ tokens of AR-DTok, at once, and keeps what
                 drawing one by one would have drawn: the same images in fewer steps, see `jacobi_decode`.
             cache_implementation (`str`, *optional*): `"static"` draws codes, and VQ tokens of AR-DTok, in steps of
-                fixed shapes, which a GPU runs compiled and as CUDA graphs: the first call of a batch size compiles.
+                fixed shapes, which a GPU runs compiled and as CUDA graphs: the first call with so many images compiles.
             compile_config (`CompileConfig`, *optional*): How these steps are compiled, see the library's `generate`.
+                With its `_compile_all_devices` on a CPU, too.
             generator (`torch.Generator` or a list with one for each image, *optional*): Source of all draws.
             output_type, callback, kwargs: As in `decode`.
 
@@ -275,7 +276,7 @@ class TarPipeline(TarParts):
         tokens = self.decoder.config.num_tokens(scale)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
-        check_static(self.model, cache_implementation, jacobi_window)
+        check_static(self.model, cache_implementation, compile_config, jacobi_window)
         if jacobi_window is not None:
             check_jacobi(self.model, jacobi_window)
         of_steps = {"jacobi_window": jacobi_window}

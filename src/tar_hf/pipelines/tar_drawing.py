@@ -8,6 +8,8 @@ This file travels with `pipeline_tar.py` into repositories, so it imports nothin
 """
 
 from collections.abc import Callable
+from copy import copy
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,6 @@ from torch import nn
 from transformers import (
     CompileConfig,
     DynamicCache,
-    GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
     StaticCache,
@@ -36,6 +37,9 @@ except ImportError:  # in a Hub repository, where the files stand side by side
 # Settings of a model that do more to the logits than the output layer, so that a slice of that layer is not enough.
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
+# Model -> the last static cache that it drew with in compiled steps. CUDA graphs hold its addresses: with another cache
+# they are recorded anew, and those of before are not forgotten.
+KEPT_CACHES = WeakKeyDictionary()
 STATIC_STEP = 256  # a static cache has room for a multiple of it: most prompts then share one compiled step
 
 
@@ -121,7 +125,7 @@ def draw_codes(
     mask, positions = mask[sources], positions[sources, -1:] + 1
     is_static, run_step = cache_implementation == "static", None
     if is_static:
-        prefix, cache = cache, StaticCache(model.config, _room(prompt_length + tokens))
+        prefix, cache = cache, _static_cache(model, cache, len(sources), prompt_length + tokens)
         take_rows(cache, prefix, sources)
         del prefix
         run_step = _compiled_step(model, cache, compile_config)
@@ -157,6 +161,8 @@ def draw_codes(
         if step < tokens:
             ids = twice(codes[:, -1:] + vocabulary.first_code_id)
             logits = guide(logits_of(ids, next(masks), positions + step - 1, last=1, run=run_step)[:, 0])
+    if run_step is not None:
+        KEPT_CACHES[model] = cache
     numbers.check()
     return codes.cpu()
 
@@ -201,36 +207,71 @@ def check_jacobi(model: PreTrainedModel, window: int):
         )
 
 
-def check_static(model: PreTrainedModel, cache_implementation: str | None, jacobi_window: int | None):
+def check_static(
+    model: PreTrainedModel,
+    cache_implementation: str | None,
+    compile_config: CompileConfig | None,
+    jacobi_window: int | None,
+):
     """Raises a `ValueError` for a cache that codes are not drawn with, or a model whose step has no fixed shapes."""
     if cache_implementation not in (None, "dynamic", "static"):
-        raise ValueError(f'cache_implementation must be "dynamic" or "static", got {cache_implementation!r}')
+        raise ValueError(
+            f'cache_implementation must be "dynamic" or "static", got {cache_implementation!r}: `decode` takes others, '
+            "for the de-tokenizer"
+        )
     if cache_implementation != "static":
+        if compile_config is not None:
+            raise ValueError('steps are compiled with a static cache: pass cache_implementation="static" too')
         return
     if jacobi_window is not None:
         raise ValueError("jacobi_window has a cache of its own: leave cache_implementation out")
     if (attention := model.config._attn_implementation) not in ("eager", "sdpa") or _some_see_less(model.config):
         raise ValueError(
             "a static cache needs the attention eager or sdpa and a model whose every layer attends to everything "
-            f"before, got {attention} and {getattr(model.config, 'layer_types', None)}"
+            f"before, got {attention} and the layers {_kinds_of_layers(model.config)}"
         )
+    if torch.is_autocast_enabled(model.device.type):
+        raise ValueError("a static cache is of one type: load the model in a dtype, and leave autocast")
 
 
-def _room(length):
-    return -(-length // STATIC_STEP) * STATIC_STEP
+def _static_cache(model, prefix, rows, length):
+    """An empty static cache for so many rows of at least that length, of the prefix's types and places."""
+    room, cache = -(-length // STATIC_STEP) * STATIC_STEP, KEPT_CACHES.pop(model, None)  # nobody else draws with it now
+    if cache is None or cache.get_max_length() != room or len(cache.layers[0].keys) != rows:
+        return StaticCache(model.config, room)
+    pairs = zip(cache.layers, prefix.layers, strict=True)
+    if any(_kind(kept.keys) != _kind(layer.keys) for kept, layer in pairs):
+        return StaticCache(model.config, room)
+    cache.reset()
+    return cache
+
+
+def _kind(tensor):
+    return tensor.dtype, tensor.device, tensor.is_inference()
 
 
 def _compiled_step(model, cache, compile_config):
     """A compiled `_before_codes`, or `None` where the library's `generate` would compile nothing: on CPUs, unless it is
     told to. Compiling the same again finds what was compiled before."""
-    settings = GenerationConfig(compile_config=compile_config)
+    settings = copy(model.generation_config)
+    settings.compile_config = compile_config or settings.compile_config
     if not model._valid_auto_compile_criteria({"past_key_values": cache}, settings):
         return None
-    return torch.compile(_before_codes(model).__call__, **(compile_config or CompileConfig()).to_dict())
+    module = _before_codes(model)
+
+    def step(**inputs):  # a function of its own, so that the de-tokenizer's steps do not count among its compilations
+        return module(**inputs)
+
+    return torch.compile(step, **(settings.compile_config or model._default_compile_config()).to_dict())
+
+
+def _kinds_of_layers(config):
+    return getattr(config, "layer_types", None) or type(config).__name__
 
 
 def _some_see_less(config):
-    return any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
+    kinds = getattr(config, "layer_types", None) or ()
+    return any(kind != "full_attention" for kind in kinds) or any(DynamicCache(config=config).is_sliding)
 
 
 def _added_mask(model, mask):
