@@ -1,12 +1,15 @@
 """Packed weights: the same results, the same file, and nothing that pretends to train or move."""
 
 import copy
+import importlib.util
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from tar_hf import ARDeTokForCausalLM, pack_linears
+from tar_hf.modeling import packed_linear
 from tar_hf.modeling.packed_linear import PackedLinear
 
 
@@ -24,6 +27,21 @@ def test_a_layer_computes_the_same(rows, bias):
     torch.testing.assert_close(packed(inputs), linear(inputs), rtol=1e-5, atol=1e-6)
     assert torch.equal(packed.weight, linear.weight)
     assert repr(packed) == f"PackedLinear(in_features=24, out_features=40, bias={bias})"
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_layer_is_compiled(monkeypatch):
+    """By the real compiler, which refuses weights that it has not packed, and by a second copy of the file."""
+    spec = importlib.util.spec_from_file_location("packed_linear_of_a_repository", packed_linear.__file__)
+    copied = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, copied)
+    spec.loader.exec_module(copied)
+    torch.manual_seed(0)
+    for kind in (PackedLinear, copied.PackedLinear):
+        packed, inputs = kind(nn.Linear(24, 40)), torch.randn(2, 3, 24)
+        compiled = torch.compile(lambda x, layer=packed: layer(x).relu() + 1, fullgraph=True)
+        torch.testing.assert_close(compiled(inputs), packed(inputs).relu() + 1)
 
 
 def test_a_de_tokenizer_draws_the_same(detokenizer):
