@@ -18,7 +18,7 @@ from transformers import (
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .seeded_decoding import NumbersOnly, draw_tokens
+from .seeded_decoding import InTurn, NumbersOnly, draw_tokens
 
 # What looks at a token's scores alone, and at none of the tokens before.
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper)
@@ -156,9 +156,10 @@ def jacobi_decoding(
         copies = 2 if guidance else 1  # of each row, under guidance
         uniform = make_uniform(rows, input_ids.device) if generation_config.do_sample else None
         numbers = NumbersOnly()
+        processors = InTurn([numbers, *logits_processor])
 
         def choose(logits, columns):
-            scores = logits_processor(input_ids, numbers(None, logits.float()))
+            scores = processors(input_ids, logits.float())
             if uniform is None:
                 return scores.argmax(-1)
             return draw_tokens(scores, uniform.gather(1, columns.clamp(max=total - 1)).flatten())

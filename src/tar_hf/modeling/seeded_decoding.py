@@ -6,7 +6,7 @@ This file travels with repositories, so it imports nothing of the package but fi
 from collections.abc import Callable
 
 import torch
-from transformers import GenerationMixin, LogitsProcessor
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from .reserved_cache import reserve
 
@@ -34,6 +34,15 @@ def draw_tokens(scores: torch.FloatTensor, uniform: torch.FloatTensor) -> torch.
     # `right` finds the first token whose end lies beyond the number, so never one of probability zero.
     token = torch.searchsorted(cumulative, target, right=True)
     return torch.where(token < scores.shape[-1], token, scores.argmax(-1, keepdim=True))[:, 0]  # target rounded up
+
+
+class InTurn(LogitsProcessorList):
+    """The library's list without its look at each one's signature, in every step anew."""
+
+    def __call__(self, input_ids: torch.LongTensor | None, scores: torch.FloatTensor) -> torch.FloatTensor:
+        for processor in self:
+            scores = processor(input_ids, scores)
+        return scores
 
 
 class NumbersOnly(LogitsProcessor):
@@ -94,7 +103,7 @@ def seeded_decoding(
 
     def decode(model, input_ids, logits_processor, generation_config, **kwargs):
         draw, numbers = None, NumbersOnly()
-        logits_processor.insert(0, numbers)
+        logits_processor = InTurn([numbers, *logits_processor])
         if generation_config.do_sample:
             draw = SeededDraw(make_uniform(len(input_ids), input_ids.device), start=input_ids.shape[1])
             draw.keep_scores = generation_config.return_dict_in_generate and generation_config.output_scores

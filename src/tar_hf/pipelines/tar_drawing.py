@@ -28,11 +28,11 @@ from transformers import (
 try:
     from tar_hf.modeling.jacobi_decoding import RowCache, jacobi_decode
     from tar_hf.modeling.reserved_cache import reserve, take_rows
-    from tar_hf.modeling.seeded_decoding import NumbersOnly, draw_tokens
+    from tar_hf.modeling.seeded_decoding import InTurn, NumbersOnly, draw_tokens
 except ImportError:  # in a Hub repository, where the files stand side by side
     from .jacobi_decoding import RowCache, jacobi_decode
     from .reserved_cache import reserve, take_rows
-    from .seeded_decoding import NumbersOnly, draw_tokens
+    from .seeded_decoding import InTurn, NumbersOnly, draw_tokens
 
 # Settings of a model that do more to the logits than the output layer, so that a slice of that layer is not enough.
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -47,7 +47,7 @@ def code_warpers(temperature: float, top_p: float, top_k: int) -> LogitsProcesso
     """What sampling does to logits; `top_k=0` and `top_p=1` are no limits."""
     if not 0 <= top_p <= 1:
         raise ValueError(f"top_p must be in 0..1, where 1 is no limit, got {top_p}")
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+    warpers = InTurn([TemperatureLogitsWarper(float(temperature))])
     if top_k:
         warpers.append(TopKLogitsWarper(top_k))
     if top_p < 1:
