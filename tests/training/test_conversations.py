@@ -139,6 +139,24 @@ def test_the_scale_is_drawn_by_weight_among_those_of_the_row(conversations, toke
         ConversationTokenizer(tokenizer, scale_weights={1: 1})(images, random.Random(0))
 
 
+def test_images_that_are_read_draw_a_scale_of_their_own(tokenizer):
+    row = Row([("user", "<image>"), ("assistant", "<image>"), ("user", "<image>"), ("assistant", "<image>")])
+    row.codes = [{scale: torch.full((1,), 10 * image + scale) for scale in (1, 2, 3)} for image in range(4)]
+    weights = {1: 2, 2: 1, 3: 1}
+    for mixed, shares in ((0.0, 0), (0.5, 0.5), (1.0, 1)):
+        conversations, differ = ConversationTokenizer(tokenizer, scale_weights=weights, mixed_scales=mixed), 0
+        vocabulary = conversations.vocabulary
+        for seed in range(400):
+            ids = conversations(row, random.Random(seed))["input_ids"]
+            first, drawn, second, again = vocabulary.ids_to_codes(ids[ids >= vocabulary.first_code_id]).tolist()
+            assert (first, drawn) == (second - 20, again - 20)
+            assert (ids == vocabulary.scale_id(drawn - 10)).sum() == 2  # the tag says what is drawn
+            differ += first != drawn - 10
+        assert abs(differ - 400 * shares * (1 - (4 + 1 + 1) / 16)) <= 40 * shares
+    with pytest.raises(ValueError, match=r"mixed_scales must be in 0\.\.1, got 2"):
+        ConversationTokenizer(tokenizer, mixed_scales=2)
+
+
 def test_requests_for_images_are_dropped_now_and_then(tokenizer):
     dropping = ConversationTokenizer(tokenizer, prompt_dropout=0.5)
     ours, _, _ = read(f"{SYSTEM} {USER} {END} {ASSISTANT} <im_start> <S2> <I2> <I1> <im_end> {STOP}")

@@ -194,6 +194,8 @@ def test_weights_that_cannot_be_used(llm_recipe):
         llm_recipe("out", "text_weight=0")
     with pytest.raises(RecipeError, match="prompt_dropout must be at least 0 and below 1, got 1.5"):
         build(llm_recipe("out", "prompt_dropout=1.5"))
+    with pytest.raises(RecipeError, match=r"mixed_scales must be in 0\.\.1, got -0\.5"):
+        build(llm_recipe("out", "mixed_scales=-0.5"))
 
 
 # Bases

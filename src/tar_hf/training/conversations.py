@@ -34,6 +34,9 @@ class ConversationTokenizer:
         max_length (`int`, *optional*, defaults to `2048`): Longest row in tokens. A longer one is a `BadRow`.
         scale_weights (`dict[int, float]`, *optional*): How often each TA-Tok scale is drawn, by default 2:1:1 for
             1, 2, 3. All images of a row share the scale, which is one of those that the row has codes for.
+        mixed_scales (`float`, *optional*, defaults to `0.0`): How often the images that a row asks about draw a scale
+            of their own, apart from the one that is to be drawn: what another `image_scale` than `scale` of a
+            `TarPipeline` call needs.
         targets (`str`, *optional*, defaults to `"assistant"`): `"assistant"`: what the assistant has to write, from
             the first token of its answer to the tag that closes it. `"original"`: the original's set, that is whole
             assistant messages with the role in front and the newline behind, and in all messages every newline token
@@ -51,6 +54,7 @@ class ConversationTokenizer:
         scale_weights: dict[int, float] | None = None,
         targets: str = "assistant",
         prompt_dropout: float = 0.0,
+        mixed_scales: float = 0.0,
     ):
         vocabulary = VisualVocabulary.from_tokenizer(tokenizer) if vocabulary is None else vocabulary
         scale_weights = SCALE_WEIGHTS if scale_weights is None else scale_weights
@@ -64,8 +68,11 @@ class ConversationTokenizer:
                 raise ValueError(f"scale {scale} needs a weight above 0, got {weight}: leave it out instead")
         if not 0 <= prompt_dropout < 1:
             raise ValueError(f"prompt_dropout must be at least 0 and below 1, got {prompt_dropout}")
+        if not 0 <= mixed_scales <= 1:
+            raise ValueError(f"mixed_scales must be in 0..1, got {mixed_scales}")
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
+        self.mixed_scales = mixed_scales
         self.max_length = max_length
         self.prompt_dropout = prompt_dropout
         self.scale_weights = dict(scale_weights)
@@ -81,7 +88,7 @@ class ConversationTokenizer:
         """
         Args:
             row (`Row`): With `codes` for each of its images.
-            draw (`random.Random`): Draws the scale, and whether the request is dropped.
+            draw (`random.Random`): Draws the scales, and whether the request is dropped.
 
         Returns:
             `input_ids` and `labels`, each a `torch.LongTensor` of shape `(tokens,)`; `labels` has -100 where nothing is
@@ -95,8 +102,10 @@ class ConversationTokenizer:
             self._check(text)
         if self.prompt_dropout and _only_asks_for_an_image(row) and draw.random() < self.prompt_dropout:
             row = replace(row, turns=[("user", ""), row.turns[-1]], images=row.images[-1:], codes=row.codes[-1:])
-        scale = self._draw_scale(row, draw)
-        codes = self._image_ids(row, scale)
+        scale = read_scale = self._draw_scale(row, draw)
+        if self.mixed_scales and draw.random() < self.mixed_scales:
+            read_scale = self._draw_scale(row, draw)
+        codes = self._image_ids(row, scale, read_scale)
         ids, labels = [], []
         for text, targets in self._pieces(row.turns, scale):
             piece = []
@@ -155,9 +164,14 @@ class ConversationTokenizer:
             )
         return draw.choices(scales, [self.scale_weights[scale] for scale in scales])[0]
 
-    def _image_ids(self, row, scale):
+    def _image_ids(self, row, scale, read_scale):
+        """The codes of each image as ids, the assistant's of one scale and those that it reads of another."""
+        scales = []
+        for role, text in row.turns:
+            scales += [scale if role == "assistant" else read_scale] * text.count(IMAGE)
         try:
-            return iter([self.vocabulary.codes_to_ids(image[scale]).tolist() for image in row.codes])
+            pairs = zip(row.codes, scales, strict=True)
+            return iter([self.vocabulary.codes_to_ids(image[of]).tolist() for image, of in pairs])
         except ValueError as error:
             raise BadRow(str(error)) from error
 

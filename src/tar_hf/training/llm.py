@@ -102,6 +102,8 @@ class LLMRecipe(Recipe):
         targets (`str`, *optional*, defaults to `"assistant"`): What is learnt, see `ConversationTokenizer`.
         prompt_dropout (`float`, *optional*, defaults to `0.0`): How often a request for an image is learnt as an empty
             one, see `ConversationTokenizer`.
+        mixed_scales (`float`, *optional*, defaults to `0.0`): How often images that are read and drawn in one row have
+            scales of their own, see `ConversationTokenizer`.
         text_weight (`float`, *optional*, defaults to `1.0`): How much a target that is text counts beside one of an
             image. An image has hundreds of targets, and an answer about it may have one.
     """
@@ -113,6 +115,7 @@ class LLMRecipe(Recipe):
     scale_weights: dict[int, float | int] = dataclasses.field(default_factory=SCALE_WEIGHTS.copy)
     targets: str = "assistant"
     prompt_dropout: float | int = 0.0
+    mixed_scales: float | int = 0.0
     text_weight: float | int = 1.0
 
     training_defaults: ClassVar[dict] = {
@@ -237,6 +240,7 @@ def build(recipe: LLMRecipe, kind: type[LLMTrainer] = LLMTrainer, **options) -> 
             recipe.scale_weights,
             recipe.targets,
             recipe.prompt_dropout,
+            recipe.mixed_scales,
         )
     except ValueError as error:
         raise RecipeError(str(error)) from error
