@@ -52,6 +52,8 @@ def test_compiled(run, pipe, tmp_path, monkeypatch):
     for i, prompt in enumerate(prompts):
         assert same(tmp_path / f"out-{i}.png", draw(pipe, prompt, 0))
     assert {how["backend"] for how in calls} == {"inductor"} and len(calls) == 2  # the language model, and AR-DTok
+    assert run("generate", "a cat", "-o", out, "--scale", 3, "--batch-size", 2, "--compile")[0] == 0  # a whole one
+    assert len(calls) == 4 and same(out, draw(pipe, "a cat", 0))
     with pytest.raises(SystemExit):
         run("generate", "a cat", "-o", out, "--compile", "--jacobi-window", 8)
 

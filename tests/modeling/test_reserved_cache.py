@@ -146,7 +146,7 @@ def test_room_of_another_type():
 @pytest.mark.parametrize("window", [None, 4, 20])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_half_precision_draws_the_same_from_keys_in_float32(monkeypatch, attention, window):
-    monkeypatch.setattr(modeling_ar_detok, "MULTIPLIES_BFLOAT16", False)  # where they are, they stay in that
+    monkeypatch.setattr(modeling_ar_detok, "MULTIPLIES_BFLOAT16", False)  # else keys stay in bfloat16
     model = tiny().to(torch.bfloat16)
     model.set_attn_implementation(attention)
     condition = torch.randn(3, 9, 12, generator=torch.Generator().manual_seed(0)).bfloat16()

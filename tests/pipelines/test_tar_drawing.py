@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import CompileConfig, MistralConfig, Qwen2Config, Qwen2ForCausalLM, StaticCache
+from transformers import CompileConfig, MistralConfig, Qwen2Config, Qwen2ForCausalLM
 
 from tar_hf import VisualVocabulary
+from tar_hf.modeling import reserved_cache
 from tar_hf.pipelines import tar_drawing
 
 
@@ -123,7 +124,7 @@ def test_steps_of_fixed_shapes_draw_the_same_images(pipe, picture, monkeypatch, 
                 shapes = shapes_of_steps(pipe, patch)
                 fixed = pipe(prompts, generator=seeds(*range(6)), cache_implementation="static", **options, **more)
             rows = 12 if len(more) and "do_sample" not in more else 6
-            assert set(shapes) == {((rows, 1), (rows, 1, 1, 256), (rows, 2, 256, 6))} and len(shapes) == 80
+            assert set(shapes) == {((rows, 1), (rows, 1, 1, 384), (rows, 2, 384, 6))} and len(shapes) == 80
             assert torch.equal(fixed.codes, growing.codes)
             assert [image.tobytes() for image in fixed.images] == [image.tobytes() for image in growing.images]
     finally:
@@ -131,8 +132,9 @@ def test_steps_of_fixed_shapes_draw_the_same_images(pipe, picture, monkeypatch, 
 
 
 @pytest.fixture
-def compile_config():
+def compile_config(pipe):
     """On CPUs too, and so that a step that cannot be one graph fails."""
+    vars(pipe.detokenizer).pop("_compiled_call", None)  # the library's, of another test
     config = CompileConfig(backend="eager", mode=None, fullgraph=True)
     config._compile_all_devices = True  # the library leaves CPUs out
     torch._dynamo.reset()
@@ -156,28 +158,45 @@ def test_compiled_steps_draw_behind_prompts_of_other_lengths(pipe, compile_confi
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations
 
 
-def test_the_cache_of_compiled_steps_is_kept(pipe, compile_config, monkeypatch):
-    made = []
-    monkeypatch.setattr(tar_drawing, "StaticCache", lambda *given: made.append(StaticCache(*given)) or made[-1])
-    monkeypatch.setattr(tar_drawing.torch, "compile", lambda step, **how: step)
-    static = {"scale": 3, "generator": seeds(0), "output_type": "pt", "cache_implementation": "static"}
-    drawn = []
-    for prompt, count in (("a cat", 1), ("a cat", 2), ("two small dogs", 2), ("a cat", 2), ("a cat", 1)):
-        drawn.append(pipe(prompt, num_images_per_prompt=count, **static, compile_config=compile_config).codes)
-        static["generator"] = seeds(0)[0]
-        assert tar_drawing.KEPT_CACHES[pipe.model] is made[-1]
-    assert len(made) == 3 and torch.equal(drawn[1], drawn[3]) and torch.equal(drawn[0], drawn[4])
-    with torch.inference_mode():  # of which no tensors can be written to outside
-        pipe("a cat", **static, compile_config=compile_config)
-    pipe("a cat", **static, compile_config=compile_config)
-    assert len(made) == 5
-    pipe.model.double()
-    try:  # of another type, and not kept where it was not used to the end
-        with pytest.raises(RuntimeError, match="interrupted"):
-            pipe("a cat", **static, compile_config=compile_config, callback=interrupt)
-        assert len(made) == 6 and pipe.model not in tar_drawing.KEPT_CACHES
+def test_the_caches_of_compiled_steps_are_kept(pipe, compile_config):
+    """CUDA graphs hold their addresses. Those of the language model and of AR-DTok, each as long as it fits."""
+    models = (pipe.model, pipe.detokenizer)
+
+    def draw(prompt, count, **more):
+        given = {"num_images_per_prompt": count, "generator": seeds(*range(count)), "scale": 3, "output_type": "pt"}
+        static = {"cache_implementation": "static", "compile_config": compile_config}
+        with torch.compiler.set_stance("force_eager"):
+            output = pipe(prompt, **given, **static, **more)
+        return output, [reserved_cache.KEPT_CACHES.get(model) for model in models]
+
+    first, caches = draw("a cat", 1)
+    second, others = draw("a cat", 2)
+    assert None not in caches and not any(one is other for one, other in zip(caches, others, strict=True))
+    assert draw("two small dogs", 2)[1] == others
+    again, kept = draw("a cat", 2)
+    assert kept == others and torch.equal(again.codes, second.codes) and torch.equal(again.images, second.images)
+    alone, caches = draw("a cat", 1)
+    assert torch.equal(alone.codes, first.codes) and torch.equal(alone.images, first.images)
+    with torch.inference_mode():  # whose tensors cannot be written to outside
+        _, inside = draw("a cat", 1)
+    _, outside = draw("a cat", 1)
+    assert draw("a cat", 1)[1] == outside
+    assert not any(one is other for one, other in zip(inside, outside, strict=True))
+    pipe.detokenizer.double()
+    features = torch.zeros(1, 81, pipe.detokenizer.config.condition_size, dtype=torch.double)
+    static = {"cache_implementation": "static", "compile_config": compile_config}
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            pipe.detokenizer.generate(features, **static)  # of another type
+            kept = reserved_cache.KEPT_CACHES[pipe.detokenizer]
+            output = pipe.detokenizer.generate(features, **static, return_dict_in_generate=True)
+        assert kept is not outside[1] and kept.layers[0].keys.dtype == torch.double
+        assert output.past_key_values is not reserved_cache.KEPT_CACHES.get(pipe.detokenizer)  # the caller's
     finally:
-        pipe.model.float()
+        pipe.detokenizer.float()
+    with pytest.raises(RuntimeError, match="interrupted"):
+        draw("a cat", 1, callback=interrupt)
+    assert pipe.model not in reserved_cache.KEPT_CACHES
 
 
 def interrupt(stage, step, total):
@@ -210,9 +229,9 @@ def test_a_step_of_fixed_shapes_needs_a_model_that_sees_everything():
     tar_drawing.check_static(model("flash_attention_2"), None, None, 8)
     window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "num_hidden_layers": 2}
     wrong = [
-        ((model("flash_attention_2"), "static", None, None), "got flash_attention_2 and the layers"),
+        ((model("flash_attention_2"), "static", None, None), "got flash_attention_2 and"),
         ((model(**window), "static", None, None), "'sliding_attention'"),
-        ((model(config=MistralConfig, sliding_window=4), "static", None, None), "the layers MistralConfig"),
+        ((model(config=MistralConfig, sliding_window=4), "static", None, None), "sdpa and MistralConfig"),
         ((model(), "static", None, 8), "jacobi_window has a cache of its own"),
         ((model(), None, CompileConfig(), None), 'pass cache_implementation="static" too'),
         ((model(), "quantized", None, None), 'must be "dynamic" or "static", got \'quantized\''),

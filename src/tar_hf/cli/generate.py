@@ -52,7 +52,7 @@ def add_parser(commands):
     steps.add_argument(
         "--compile",
         action="store_true",
-        help="draw in compiled steps, which pays from some pictures on: the first one compiles, for a minute or so",
+        help="draw in compiled steps, which pays for many pictures: the first takes a minute or so longer",
     )
     parser.add_argument(
         "--batch-size",
@@ -96,7 +96,8 @@ def _generate(arguments):
                 report("images", first, len(samples))
             batch = samples[first : first + arguments.batch_size]
             # A last batch that is smaller would be compiled for itself.
-            compiled = _compiled() if arguments.compile and len(batch) == arguments.batch_size else {}
+            whole = len(batch) == min(arguments.batch_size, len(samples))
+            compiled = _compiled() if arguments.compile and whole else {}
             output = _draw(pipe, batch, arguments.image, callback=report, **options, **window, **compiled)
             for i, (prompt, seed) in enumerate(batch):
                 made = {"prompt": prompt, "seed": seed, **settings}

@@ -208,7 +208,8 @@ class ARDeTokAttention(nn.Module):
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether small products of bfloat16 are fast on this CPU: those of MKL are, with the instructions for them."""
+    """Whether small products of bfloat16 are fast on this CPU: those of MKL are, with the instructions for them, which
+    it uses on Intel's alone."""
     if not (torch.backends.mkl.is_available() and hasattr(torch.cpu, "get_capabilities")):
         return False
     cpu = torch.cpu.get_capabilities()

@@ -1,11 +1,17 @@
-"""A cache of keys and values that gets room for all tokens to come at once.
+"""Caches of keys and values that get room for all tokens to come at once, and what is done to their rows.
 
 This file travels with repositories, so it imports nothing of the package.
 """
 
+from weakref import WeakKeyDictionary
+
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+# Model -> the static cache that it drew with last in compiled steps. CUDA graphs hold its addresses: with another cache
+# they are recorded anew, and those of before are not forgotten.
+KEPT_CACHES = WeakKeyDictionary()
 
 
 class ReservedLayer(DynamicLayer):
@@ -46,9 +52,9 @@ class ReservedLayer(DynamicLayer):
         """Whether what is held still lies at the head of the room: the library may have chosen or repeated rows."""
         if self.room is None or not self.is_initialized or length > self.capacity:
             return False
-        (keys, values), rows = self.room, len(self.room[0])
+        keys, values = self.room
         return (
-            len(self.keys) == rows
+            len(self.keys) == len(keys)
             and self.keys.data_ptr() == keys.data_ptr()
             and self.values.data_ptr() == values.data_ptr()
         )
@@ -75,6 +81,30 @@ def take_rows(cache: Cache, prefix: DynamicCache, rows: torch.LongTensor):
     for i, layer in enumerate(prefix.layers):
         index = rows.to(layer.keys.device)
         cache.update(layer.keys.index_select(0, index), layer.values.index_select(0, index), i)
+
+
+def reuse(model, cache: StaticCache, rows: int) -> StaticCache:
+    """The static cache that `keep` has kept of this model, emptied, or the given new one where another is needed.
+
+    Whoever gets it has it alone, until it is kept again: calls at the same time have caches of their own.
+    """
+    kept = KEPT_CACHES.pop(model, None)
+    if kept is None or kept.get_max_length() != cache.get_max_length():
+        return cache
+    keys, of_model = kept.layers[0].keys, (rows, model.dtype, model.device)
+    autocast = torch.is_autocast_enabled(model.device.type)  # writes another type
+    if autocast or (len(keys), keys.dtype, keys.device) != of_model:
+        return cache
+    if keys.is_inference() != torch.is_inference_mode_enabled():  # such a tensor cannot be written outside
+        return cache
+    kept.reset()
+    return kept
+
+
+def keep(model, cache: StaticCache):
+    """Keeps a static cache that was drawn with for the next call of this model, which lies on one device."""
+    if len(set(getattr(model, "hf_device_map", {}).values())) < 2:
+        KEPT_CACHES[model] = cache
 
 
 def keep_first_rows(cache: Cache, rows: int):

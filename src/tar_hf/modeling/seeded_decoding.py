@@ -6,9 +6,9 @@ This file travels with repositories, so it imports nothing of the package but fi
 from collections.abc import Callable
 
 import torch
-from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, StaticCache
 
-from .reserved_cache import reserve
+from .reserved_cache import keep, reserve, reuse
 
 
 def draw_uniform(batch_size, length, generator, device):
@@ -109,8 +109,15 @@ def seeded_decoding(
             draw.keep_scores = generation_config.return_dict_in_generate and generation_config.output_scores
             logits_processor.append(draw)
             generation_config.do_sample = False
+        cache = kwargs.get("past_key_values")
         if capacity is not None:
-            kwargs["past_key_values"] = reserve(kwargs["past_key_values"], capacity, cache_dtype)
+            cache = kwargs["past_key_values"] = reserve(cache, capacity, cache_dtype)
+        # One that is given back, or was passed in, is the caller's.
+        own = not (generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False))
+        kept = own and type(cache) is StaticCache and model._valid_auto_compile_criteria(kwargs, generation_config)
+        if kept:
+            rows = len(input_ids) * (2 if kwargs.get("guidance") else 1)
+            cache = kwargs["past_key_values"] = reuse(model, cache, rows)
         output = GenerationMixin._sample(
             model,
             input_ids,
@@ -119,6 +126,8 @@ def seeded_decoding(
             **loop_options,
             **kwargs,
         )
+        if kept:
+            keep(model, cache)
         numbers.check()
         if draw is not None and draw.keep_scores:
             output.scores = tuple(draw.scores)

@@ -243,7 +243,7 @@ class TarPipeline(TarParts):
             jacobi_window (`int`, *optional*): Draws so many codes, and VQ tokens of AR-DTok, at once, and keeps what
                 drawing one by one would have drawn: the same images in fewer steps, see `jacobi_decode`.
             cache_implementation (`str`, *optional*): `"static"` draws codes, and VQ tokens of AR-DTok, in steps of
-                fixed shapes, which a GPU runs compiled and as CUDA graphs: the first call with so many images compiles.
+                fixed shapes, which a GPU runs compiled and as CUDA graphs: the first calls take the time to compile.
             compile_config (`CompileConfig`, *optional*): How these steps are compiled, see the library's `generate`.
                 With its `_compile_all_devices` on a CPU, too.
             generator (`torch.Generator` or a list with one for each image, *optional*): Source of all draws.
@@ -279,10 +279,13 @@ class TarPipeline(TarParts):
         check_static(self.model, cache_implementation, compile_config, jacobi_window)
         if jacobi_window is not None:
             check_jacobi(self.model, jacobi_window)
-        of_steps = {"jacobi_window": jacobi_window}
-        of_steps |= {"cache_implementation": cache_implementation, "compile_config": compile_config}
+        step_options = {
+            "jacobi_window": jacobi_window,
+            "cache_implementation": cache_implementation,
+            "compile_config": compile_config,
+        }
         if isinstance(self.detokenizer, GenerationMixin):
-            kwargs |= {name: value for name, value in of_steps.items() if value is not None}
+            kwargs |= {name: value for name, value in step_options.items() if value is not None}
         self._check_detokenizer(guidance_scale, callback, kwargs)
         if candidates > 1 and pictures > 1:
             _ = self.image_processor  # raises where there is none, before anything is drawn
@@ -293,7 +296,7 @@ class TarPipeline(TarParts):
         uniform = draw_uniform(len(generators), candidates * tokens, generators, "cpu").view(-1, tokens)
         options = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         options |= {"guidance_scale": prompt_guidance_scale, "empty": empty}
-        codes = self._draw_codes(rows, uniform, callback=callback, **options, **of_steps)
+        codes = self._draw_codes(rows, uniform, callback=callback, **options, **step_options)
 
         def draw(codes, generators):
             return self._pixels(codes, guidance_scale, generators, callback, kwargs)
@@ -331,7 +334,7 @@ class TarPipeline(TarParts):
         guidance_scale=1.0,
         empty=None,
         callback=None,
-        **of_steps,
+        **step_options,
     ):
         """Prompts as token ids, and one uniform number a code (images, N) -> codes (images, N).
 
@@ -351,7 +354,7 @@ class TarPipeline(TarParts):
             warpers=code_warpers(temperature, top_p, top_k) if do_sample else None,
             guidance_scale=None if empty is None else guidance_scale,
             on_step=lambda known: report(callback, "codes", known, tokens),
-            **of_steps,
+            **step_options,
         )
 
     def code_logits(

@@ -7,9 +7,9 @@ Shapes: P prompts of up to L tokens, B images of N codes each, a codebook of K.
 This file travels with `pipeline_tar.py` into repositories, so it imports nothing of the package.
 """
 
+import math
 from collections.abc import Callable
 from copy import copy
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -27,20 +27,18 @@ from transformers import (
 
 try:
     from tar_hf.modeling.jacobi_decoding import RowCache, jacobi_decode
-    from tar_hf.modeling.reserved_cache import reserve, take_rows
+    from tar_hf.modeling.reserved_cache import keep, reserve, reuse, take_rows
     from tar_hf.modeling.seeded_decoding import InTurn, NumbersOnly, draw_tokens
 except ImportError:  # in a Hub repository, where the files stand side by side
     from .jacobi_decoding import RowCache, jacobi_decode
-    from .reserved_cache import reserve, take_rows
+    from .reserved_cache import keep, reserve, reuse, take_rows
     from .seeded_decoding import InTurn, NumbersOnly, draw_tokens
 
 # Settings of a model that do more to the logits than the output layer, so that a slice of that layer is not enough.
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
-# Model -> the last static cache that it drew with in compiled steps. CUDA graphs hold its addresses: with another cache
-# they are recorded anew, and those of before are not forgotten.
-KEPT_CACHES = WeakKeyDictionary()
-STATIC_STEP = 256  # a static cache has room for a multiple of it: most prompts then share one compiled step
+# Of which lengths of prompts and of codes a static cache has multiples: prompts of other lengths share a compiled step.
+PROMPT_STEP, CODES_STEP = 256, 64
 
 
 def code_warpers(temperature: float, top_p: float, top_k: int) -> LogitsProcessorList:
@@ -125,10 +123,13 @@ def draw_codes(
     mask, positions = mask[sources], positions[sources, -1:] + 1
     is_static, run_step = cache_implementation == "static", None
     if is_static:
-        prefix, cache = cache, _static_cache(model, cache, len(sources), prompt_length + tokens)
+        room = _rounded_up(prompt_length, PROMPT_STEP) + _rounded_up(tokens, CODES_STEP)
+        prefix, cache = cache, StaticCache(model.config, room)
+        run_step = _compiled_step(model, cache, compile_config)
+        if run_step is not None:
+            cache = reuse(model, cache, len(sources))
         take_rows(cache, prefix, sources)
         del prefix
-        run_step = _compiled_step(model, cache, compile_config)
     elif len(sources) > prompts:
         cache.batch_select_indices(sources)
 
@@ -162,7 +163,7 @@ def draw_codes(
             ids = twice(codes[:, -1:] + vocabulary.first_code_id)
             logits = guide(logits_of(ids, next(masks), positions + step - 1, last=1, run=run_step)[:, 0])
     if run_step is not None:
-        KEPT_CACHES[model] = cache
+        keep(model, cache)
     numbers.check()
     return codes.cpu()
 
@@ -228,26 +229,14 @@ def check_static(
     if (attention := model.config._attn_implementation) not in ("eager", "sdpa") or _some_see_less(model.config):
         raise ValueError(
             "a static cache needs the attention eager or sdpa and a model whose every layer attends to everything "
-            f"before, got {attention} and the layers {_kinds_of_layers(model.config)}"
+            f"before, got {attention} and {getattr(model.config, 'layer_types', None) or type(model.config).__name__}"
         )
     if torch.is_autocast_enabled(model.device.type):
         raise ValueError("a static cache is of one type: load the model in a dtype, and leave autocast")
 
 
-def _static_cache(model, prefix, rows, length):
-    """An empty static cache for so many rows of at least that length, of the prefix's types and places."""
-    room, cache = -(-length // STATIC_STEP) * STATIC_STEP, KEPT_CACHES.pop(model, None)  # nobody else draws with it now
-    if cache is None or cache.get_max_length() != room or len(cache.layers[0].keys) != rows:
-        return StaticCache(model.config, room)
-    pairs = zip(cache.layers, prefix.layers, strict=True)
-    if any(_kind(kept.keys) != _kind(layer.keys) for kept, layer in pairs):
-        return StaticCache(model.config, room)
-    cache.reset()
-    return cache
-
-
-def _kind(tensor):
-    return tensor.dtype, tensor.device, tensor.is_inference()
+def _rounded_up(length, step):
+    return math.ceil(length / step) * step
 
 
 def _compiled_step(model, cache, compile_config):
@@ -263,10 +252,6 @@ def _compiled_step(model, cache, compile_config):
         return module(**inputs)
 
     return torch.compile(step, **(settings.compile_config or model._default_compile_config()).to_dict())
-
-
-def _kinds_of_layers(config):
-    return getattr(config, "layer_types", None) or type(config).__name__
 
 
 def _some_see_less(config):

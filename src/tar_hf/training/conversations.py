@@ -33,10 +33,10 @@ class ConversationTokenizer:
         vocabulary (`VisualVocabulary`, *optional*): Its visual tokens. By default found in the tokenizer.
         max_length (`int`, *optional*, defaults to `2048`): Longest row in tokens. A longer one is a `BadRow`.
         scale_weights (`dict[int, float]`, *optional*): How often each TA-Tok scale is drawn, by default 2:1:1 for
-            1, 2, 3. All images of a row share the scale, which is one of those that the row has codes for.
+            1, 2, 3, among those that the row has codes for. All images of a row share it, but for `mixed_scales`.
         mixed_scales (`float`, *optional*, defaults to `0.0`): How often the images that a row asks about draw a scale
-            of their own, apart from the one that is to be drawn: what another `image_scale` than `scale` of a
-            `TarPipeline` call needs.
+            anew, which may be the same, apart from those that are to be drawn: what another `image_scale` than
+            `scale` of a `TarPipeline` call needs.
         targets (`str`, *optional*, defaults to `"assistant"`): `"assistant"`: what the assistant has to write, from
             the first token of its answer to the tag that closes it. `"original"`: the original's set, that is whole
             assistant messages with the role in front and the newline behind, and in all messages every newline token
