@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CompileConfig, MistralConfig, Qwen2Config, Qwen2ForCausalLM
 
-from tar_hf import VisualVocabulary
+from tar_hf import TarPipeline, VisualVocabulary
 from tar_hf.modeling import reserved_cache
 from tar_hf.pipelines import tar_drawing
 
@@ -197,6 +197,14 @@ def test_the_caches_of_compiled_steps_are_kept(pipe, compile_config):
     with pytest.raises(RuntimeError, match="interrupted"):
         draw("a cat", 1, callback=interrupt)
     assert pipe.model not in reserved_cache.KEPT_CACHES
+    for forget in (
+        lambda: pipe.to("cpu"),
+        lambda: TarPipeline(*models[:1], pipe.tokenizer, detokenizer=models[1]).free(),
+    ):
+        draw("a cat", 1)
+        assert all(model in reserved_cache.KEPT_CACHES for model in models)
+        forget()
+        assert not any(model in reserved_cache.KEPT_CACHES for model in models)
 
 
 def interrupt(stage, step, total):

@@ -18,9 +18,11 @@ from .tar_sampling import unknown_options, watch_pixels
 
 try:
     from tar_hf.modeling.packed_linear import pack_linears
+    from tar_hf.modeling.reserved_cache import KEPT_CACHES
     from tar_hf.modeling.visual_vocabulary import VisualVocabulary
 except ImportError:  # in a Hub repository, where the files stand side by side
     from .packed_linear import pack_linears
+    from .reserved_cache import KEPT_CACHES
     from .visual_vocabulary import VisualVocabulary
 
 
@@ -171,6 +173,7 @@ class TarParts:
         for part in (*self._loaded.values(), *self._sources.values()):
             if hasattr(part, "to"):
                 part.to(device)
+                KEPT_CACHES.pop(part, None)  # which lie where it was
         return self
 
     @property
@@ -201,6 +204,8 @@ class TarParts:
             if name not in known:
                 raise ValueError(f"parts are {', '.join(known)}, got {name!r}")
             source = self._sources["ta_tok" if name in ("encoder", "decoder") else name]
+            if isinstance(part := self._loaded.get(name, source), nn.Module):
+                KEPT_CACHES.pop(part, None)
             if isinstance(source, str | Path | RepoFolder) or (name == "model" and not isinstance(source, nn.Module)):
                 self._loaded.pop(name, None)
 
