@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from clock import STEPS, random, seconds, synchronize
 from torch import nn
-from transformers import CompileConfig, DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from tar_hf.modeling.packed_linear import PackedLinear, pack_linears
 
@@ -223,11 +223,9 @@ def int8(options):
 
 def compiled(options):
     """What draws in compiled steps."""
-    if not options["compile"]:
-        return {}
-    config = CompileConfig()
-    config._compile_all_devices = True  # the library leaves CPUs out
-    return {"cache_implementation": "static", "compile_config": config}
+    from tar_hf.pipelines.tar_drawing import compiled_steps
+
+    return compiled_steps() if options["compile"] else {}
 
 
 def timed(cases):

@@ -97,8 +97,8 @@ def _generate(arguments):
             batch = samples[first : first + arguments.batch_size]
             # A last batch that is smaller would be compiled for itself.
             whole = len(batch) == min(arguments.batch_size, len(samples))
-            compiled = _compiled() if arguments.compile and whole else {}
-            output = _draw(pipe, batch, arguments.image, callback=report, **options, **window, **compiled)
+            compiled = arguments.compile and whole
+            output = _draw(pipe, batch, arguments.image, compiled, callback=report, **options, **window)
             for i, (prompt, seed) in enumerate(batch):
                 made = {"prompt": prompt, "seed": seed, **settings}
                 if output.scores is not None:
@@ -115,17 +115,13 @@ def _generate(arguments):
         print(sheet)
 
 
-def _compiled():
-    from transformers import CompileConfig
-
-    config = CompileConfig()
-    config._compile_all_devices = True  # the library leaves CPUs out
-    return {"cache_implementation": "static", "compile_config": config}
-
-
-def _draw(pipe, batch, images, **options):
+def _draw(pipe, batch, images, compiled, **options):
     import torch
 
+    from tar_hf.pipelines.tar_drawing import compiled_steps
+
+    if compiled:
+        options |= compiled_steps()
     generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
     prompts = [prompt for prompt, _ in batch]
     return pipe(prompts, images=[images] * len(batch), generator=generators, **options)

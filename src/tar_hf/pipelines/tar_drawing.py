@@ -121,16 +121,8 @@ def draw_codes(
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     logits = guide(logits_of(ids, mask, positions, last=1)[sources, 0])
     mask, positions = mask[sources], positions[sources, -1:] + 1
-    is_static, run_step = cache_implementation == "static", None
-    if is_static:
-        room = _rounded_up(prompt_length, PROMPT_STEP) + _rounded_up(tokens, CODES_STEP)
-        prefix, cache = cache, StaticCache(model.config, room)
-        run_step = _compiled_step(model, cache, compile_config)
-        if run_step is not None:
-            cache = reuse(model, cache, len(sources))
-        take_rows(cache, prefix, sources)
-        del prefix
-    elif len(sources) > prompts:
+    is_static = cache_implementation == "static"
+    if len(sources) > prompts and not is_static:
         cache.batch_select_indices(sources)
 
     if jacobi_window is not None:
@@ -149,8 +141,16 @@ def draw_codes(
         numbers.check()
         return codes.cpu()
 
+    run_step = None
     if is_static:
-        masks = _static_masks(model, mask, cache.get_max_length())
+        room = _rounded_up(prompt_length, PROMPT_STEP) + _rounded_up(tokens, CODES_STEP)
+        prefix, cache = cache, StaticCache(model.config, room)
+        run_step = _compiled_step(model, cache, compile_config)
+        if run_step is not None:
+            cache = reuse(model, cache, len(sources))
+        take_rows(cache, prefix, sources)
+        del prefix
+        masks = _static_masks(model, mask, room)
     else:
         reserve(cache, prompt_length + tokens)
         masks = _growing_masks(model, mask, tokens)
@@ -233,6 +233,13 @@ def check_static(
         )
     if torch.is_autocast_enabled(model.device.type):
         raise ValueError("a static cache is of one type: load the model in a dtype, and leave autocast")
+
+
+def compiled_steps() -> dict:
+    """The options of a `TarPipeline` call, or of AR-DTok's `generate`, that draw in compiled steps on CPUs, too."""
+    config = CompileConfig()
+    config._compile_all_devices = True  # the library leaves CPUs out
+    return {"cache_implementation": "static", "compile_config": config}
 
 
 def _rounded_up(length, step):

@@ -198,7 +198,7 @@ class TarParts:
 
     def free(self, *names: str):
         """Forgets loaded parts, all or those named: "model", "encoder", "decoder", "detokenizer". They load again on
-        demand; a part that was passed in as an object stays the caller's."""
+        demand; a part that was passed in as an object stays the caller's, without the cache of its compiled steps."""
         known = ("model", "encoder", "decoder", "detokenizer")
         for name in names or known:
             if name not in known:
